@@ -1,0 +1,15 @@
+// Portable C++: every processor runs this one.
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#define FASTGPT_ISA_NAME "scalar"
+
+namespace fastgpt {
+namespace scalar {
+#include "vec.h"
+#include "cross_entropy.inl.h"
+#include "table.inl.h"
+}  // namespace scalar
+}  // namespace fastgpt

@@ -1,0 +1,1 @@
+"""The backends: each wires its kernels into the table of `fastgpt.dispatch`."""

@@ -1,0 +1,83 @@
+"""What this installation can run: versions, instruction set, threads, and the table op x
+backend.
+"""
+
+import importlib.metadata
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fastgpt import dispatch
+from fastgpt.backends import native
+from fastgpt.dispatch import BACKENDS
+
+OPS = ("cross_entropy", "scaled_dot_product_attention")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Info:
+    """The answer of `fastgpt.info()`; prints as a table."""
+
+    version: str
+    torch: str
+    isa: str | None  # the CPU instruction set that runs; None without native kernels
+    isas: tuple[str, ...]  # those this processor can run
+    threads: int
+    build: dict[str, Any]  # what the installation recorded
+    cells: tuple[dict[str, Any], ...]  # op, backend, device, available, reason
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        lines = [
+            f"fastgpt {self.version}, torch {self.torch}",
+            f"instruction set: {self.isa or 'none'} (of {', '.join(self.isas) or 'none'}), "
+            f"{self.threads} threads",
+            "",
+        ]
+        width = max(len(op) for op in OPS)
+        for cell in self.cells:
+            state = "on" if cell["available"] else f"off: {cell['reason']}"
+            lines.append(f"{cell['op']:{width}}  {cell['backend']:7} {cell['device']:5} {state}")
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Versions, instruction set, threads, and every op x backend x device with its state and
+    reason.
+    """
+    cells = []
+    for op in OPS:
+        for backend in BACKENDS:
+            for device in DEVICES:
+                cell = dispatch.lookup(op, backend, device)
+                cells.append(
+                    {
+                        "op": op,
+                        "backend": backend,
+                        "device": device,
+                        "available": cell.available,
+                        "reason": cell.reason,
+                    }
+                )
+    return Info(
+        version=version(),
+        torch=torch.__version__,
+        isa=native.isa(),
+        isas=native.isas(),
+        threads=torch.get_num_threads(),
+        build=native.build_record(),
+        cells=tuple(cells),
+    )
+
+
+def version() -> str:
+    """The installed version; "unknown" for a source tree that was never installed."""
+    try:
+        return importlib.metadata.version("fastgpt")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,3 @@
+"""One file per op: the raw operators (schemas, fake kernels, vmap rules) and their autograd
+Functions.
+"""
