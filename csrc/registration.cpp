@@ -55,7 +55,7 @@ int64_t grain(int64_t row_elements) {
 void advise_huge_pages(const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
   const uintptr_t end = begin + size_t(tensor.numel()) * tensor.element_size();
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   // Only advice: where it is refused the pages are small and the result is the same.
@@ -80,7 +80,7 @@ void check_rows(const Tensor& logits, const Tensor& target) {
 
 // Before the parallel loop, where an exception would lose its text.
 void check_targets(const Tensor& target, int64_t classes, int64_t ignore_index) {
-  const int64_t* data = static_cast<const int64_t*>(target.data_ptr());
+  const int64_t* data = static_cast<const int64_t*>(target.const_data_ptr());
   const int64_t count = target.size(0), stride = target.stride(0);
   for (int64_t row = 0; row < count; ++row) {
     const int64_t t = data[row * stride];
@@ -101,15 +101,15 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logits, Tens
   };
   Tensor loss = per_row(), row_max = per_row(), rest = per_row();
 
-  const CrossEntropyForward arguments{logits.data_ptr(),
+  const CrossEntropyForward arguments{logits.const_data_ptr(),
                                       logits.stride(0),
-                                      static_cast<const int64_t*>(target.data_ptr()),
+                                      static_cast<const int64_t*>(target.const_data_ptr()),
                                       target.stride(0),
                                       classes,
                                       ignore_index,
-                                      loss.data_ptr(),
-                                      row_max.data_ptr(),
-                                      rest.data_ptr()};
+                                      loss.mutable_data_ptr(),
+                                      row_max.mutable_data_ptr(),
+                                      rest.mutable_data_ptr()};
   const auto kernel = active_kernels().cross_entropy_forward[dtype];
   torch::stable::parallel_for(0, rows, grain(classes),
                               [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
@@ -136,17 +136,17 @@ Tensor cross_entropy_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target
   advise_huge_pages(grad_logits);
 
   const CrossEntropyBackward arguments{
-      grad_loss.data_ptr(),
+      grad_loss.const_data_ptr(),
       grad_loss.stride(0),
-      logits.data_ptr(),
+      logits.const_data_ptr(),
       logits.stride(0),
-      static_cast<const int64_t*>(target.data_ptr()),
+      static_cast<const int64_t*>(target.const_data_ptr()),
       target.stride(0),
       classes,
       ignore_index,
-      row_max.data_ptr(),
-      rest.data_ptr(),
-      grad_logits.data_ptr(),
+      row_max.const_data_ptr(),
+      rest.const_data_ptr(),
+      grad_logits.mutable_data_ptr(),
       row_bytes >= kStreamRowBytes && rows * row_bytes >= kStreamBytes};
   const auto kernel = active_kernels().cross_entropy_backward[dtype];
   torch::stable::parallel_for(0, rows, grain(classes),

@@ -1,0 +1,42 @@
+# Everything starts here: `make demo` trains a GPT, `make test` tests the package, each from a bare clone.
+PYTHON ?= python3
+VENV ?= .venv
+# One torch for development; any from 2.10 on will do (make TORCH='torch==2.10.0' test).
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+SOURCES := $(wildcard setup.py csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m fastgpt.gpt.demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+# What a reviewer would say first: formatting, lint, types.
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/cpu/*)
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/cpu/*)
+
+bench: $(VENV)/installed
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# The environment, remade when the build or the dependencies change.
+$(VENV)/installed: pyproject.toml $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m fastgpt.info
+	touch $@
+
+clean:
+	rm -rf build $(VENV) fastgpt/*.so fastgpt/_build.json *.egg-info
