@@ -73,9 +73,14 @@ void check_rows(const Tensor& logits, const Tensor& target) {
   STD_TORCH_CHECK(logits.dim() == 2 && target.dim() == 1 && target.size(0) == logits.size(0),
                   "expected logits (N, C) and target (N,)");
   STD_TORCH_CHECK(logits.size(1) > 0, "expected at least one class");
-  STD_TORCH_CHECK(logits.stride(1) == 1 || logits.size(1) == 1,
-                  "expected logits whose innermost stride is 1");
   STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "expected int64 target");
+}
+
+// The kernels read a row with unit stride. The public function sends other logits elsewhere, but
+// vmap and torch's zero tensors still bring some.
+Tensor with_unit_stride(const Tensor& logits) {
+  const bool readable = logits.stride(1) == 1 || logits.size(1) == 1;
+  return readable ? logits : torch::stable::contiguous(logits);
 }
 
 // Before the parallel loop, where an exception would lose its text.
@@ -93,6 +98,7 @@ void check_targets(const Tensor& target, int64_t classes, int64_t ignore_index) 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logits, Tensor target,
                                                              int64_t ignore_index) {
   check_rows(logits, target);
+  logits = with_unit_stride(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   check_targets(target, classes, ignore_index);
   const DType dtype = dtype_of(logits);
@@ -119,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logits, Tens
 Tensor cross_entropy_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target, Tensor row_max,
                                   Tensor rest, int64_t ignore_index) {
   check_rows(logits, target);
+  logits = with_unit_stride(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   // Again: whoever calls the operator itself may not have run the forward on this target.
   check_targets(target, classes, ignore_index);

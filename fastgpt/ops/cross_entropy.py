@@ -142,9 +142,7 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...
             return x.unsqueeze(0).expand(info.batch_size, *x.shape)
         return x.movedim(dim, 0)
 
-    folded = [batched(x, dim).flatten(0, 1) for x, dim in zip(tensors, in_dims, strict=True)]
-    # The kernels want logits (the only matrix) with unit stride along the classes.
-    return [x.contiguous() if x.dim() == 2 and x.stride(1) != 1 else x for x in folded]
+    return [batched(x, dim).flatten(0, 1) for x, dim in zip(tensors, in_dims, strict=True)]
 
 
 def define(namespace: str) -> Launcher:
