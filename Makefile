@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 SOURCES := $(wildcard setup.py csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+FORMATTED := $(wildcard csrc/*.cpp csrc/cpu/* tests/*.cpp)
 
 .PHONY: demo test lint format bench clean
 
@@ -19,13 +20,13 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/cpu/*)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/cpu/*)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
