@@ -19,9 +19,7 @@ def naive_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """log softmax over dim 1: subtracting the row's maximum leaves the result and stops the
-    overflow.
-    """
+    """log softmax over dim 1: subtracting the maximum stops overflow and changes nothing else."""
     shifted = logits - logits.amax(1, keepdim=True).detach()
     return shifted - shifted.exp().sum(1, keepdim=True).log()
 
@@ -60,8 +58,7 @@ def _of_classes(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    """Target (N, ...) of classes y: (1 - s) w_y (-log p_y) + s / C sum_j w_j (-log p_j), s the
-    smoothing.
+    """Target (N, ...) of classes y, smoothing s: -(1 - s) w_y log p_y - s / C sum_j w_j log p_j.
 
     The weighted mean divides by the sum of the targets' weights.
     """
