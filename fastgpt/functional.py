@@ -322,7 +322,7 @@ def _check_attention(
         or query.shape[-3] % key.shape[-3] != 0
     ):
         raise RuntimeError(
-            f"{op}: enable_gqa expects the query heads to be a multiple of the key and value heads, "
+            f"{op}: enable_gqa expects query heads that are a multiple of the key and value heads, "
             f"got {shapes}"
         )
     if attn_mask is not None:

@@ -1,6 +1,4 @@
-"""Cross-entropy in torch operations: the naive form as it is taught, and the stable one as it is
-used.
-"""
+"""Cross-entropy in torch operations: the naive form that is taught, and the stable one."""
 
 import torch
 from torch import Tensor
@@ -80,9 +78,7 @@ def _of_classes(
 def _of_probabilities(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
 ) -> Tensor:
-    """Target (N, C, ...) of probabilities q: -sum_j w_j q_j log p_j; the mean divides by N times
-    the rest.
-    """
+    """Target (N, C, ...) of probabilities q: -sum_j w_j q_j log p_j, the mean over positions."""
     q = target.to(torch.promote_types(x.dtype, target.dtype))
     if label_smoothing > 0:
         q = (1 - label_smoothing) * q + label_smoothing / x.shape[1]
