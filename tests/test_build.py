@@ -5,6 +5,7 @@ the package index. Each environment is a copy of one into which torch was instal
 the absence of torch is the point.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -178,7 +179,8 @@ def copy_tree(destination):
 def constraints(tmp_path_factory):
     """Keep every torch to the one that runs the tests: an index may offer one of gigabytes."""
     path = tmp_path_factory.mktemp("pip") / "constraints.txt"
-    path.write_text(f"torch=={TORCH}\n")
+    # The distribution's version: torch.__version__ may have a local part that an index lacks.
+    path.write_text(f"torch=={importlib.metadata.version('torch')}\n")
     return str(path)
 
 
