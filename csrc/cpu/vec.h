@@ -32,6 +32,9 @@ static inline To bit_cast(From from) {
   return to;
 }
 
+// Ask for the cache line at `p`, which may lie past the end of anything: a hint does not fault.
+static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
 // ---- one number ----
 
 static inline float widen(float x) { return x; }
