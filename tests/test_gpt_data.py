@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -179,9 +180,14 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
-        temporary.write_text("half of the n")
-        raise KeyboardInterrupt
+
+    def fail() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     with atomic_path(path) as temporary:
@@ -237,7 +243,7 @@ def test_too_short_a_text_is_refused_with_the_lengths():
 
 
 def bigram_by_the_formula(tokens: list[int], V: int, a: int, b: int) -> float:
-    pairs = Counter(zip(tokens[:-1], tokens[1:], strict=True))
+    pairs = Counter(pairwise(tokens))
     n1, n2 = (sum(count == k for count in pairs.values()) for k in (1, 2))
     d = n1 / (n1 + 2 * n2)
     q = (sum(pair[1] == b for pair in pairs) + 1) / (len(pairs) + V)

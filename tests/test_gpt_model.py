@@ -1,4 +1,4 @@
-"""The reference GPT's model: its layout, its initialisation, and what a causal model must keep to."""
+"""The reference GPT's model: its layout, its initialisation, and what causality demands."""
 
 import math
 import subprocess
