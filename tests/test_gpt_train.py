@@ -1,10 +1,13 @@
 """Training the reference GPT: the curve, exact resumption, and runs that end before their time."""
 
+import contextlib
 import csv
 import json
 import math
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -409,6 +412,25 @@ def test_piped_output_is_one_line_per_interval_without_control_characters(text, 
     assert [line.split("/")[0].split()[1] for line in lines] == ["0", "5", "10", "15", "20"]
     assert all("tokens/s" in line and "loss" in line for line in lines[1:])
     assert all(" left" in line for line in lines[1:-1])
+
+
+def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(text, tmp_path):
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    reader, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    settings = options(text, steps=20, eval_interval=10)
+    with subprocess.Popen(
+        command(*flags(settings), "--out", tmp_path / "run"), stdout=terminal, stderr=terminal,
+    ) as process:  # fmt: skip
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other end has closed
+            while part := os.read(reader, 4096):
+                shown += part
+    os.close(reader)
+    assert process.returncode == 0
+    bars = "".join(part for part in shown.decode().split("\r") if "|" in part)
+    assert re.search(r"75%.*15/20, loss \d\.\d{4}, [\d,]+ tokens/s, \d\d:\d\d left", bars), bars
 
 
 def test_a_reader_that_goes_away_ends_the_run_without_a_trace(text, tmp_path):

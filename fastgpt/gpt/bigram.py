@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING
 
 from .data import TokenArray
-from .errors import require
+from .errors import LazyModule
 
 if TYPE_CHECKING:
     import numpy as np
 else:
-    np = require("numpy")
+    np = LazyModule("numpy")
 
 
 class Bigram:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .errors import UsageError, require
+from .errors import LazyModule, UsageError
 from .files import atomic_path, cache_dir
 from .tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
 else:
-    np = require("numpy")
+    np = LazyModule("numpy")
 
 TokenArray: TypeAlias = "np.ndarray[Any, Any]"  # 1-D, unsigned, memory-mapped
 

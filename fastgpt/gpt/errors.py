@@ -34,6 +34,16 @@ def require(name: str) -> Any:
         ) from error
 
 
+class LazyModule:
+    """Stands for a module of the extra `gpt` and imports it at the first use, as `require` does."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(require(self._name), attribute)
+
+
 def run_command(main: Callable[[], int]) -> None:
     """Run a command line's `main` and exit: errors a user can mend are one line, not a trace."""
     try:

@@ -19,7 +19,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # or a power cut could keep the new name and lose the bytes
         temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
         os.replace(temporary, path)

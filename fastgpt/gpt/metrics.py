@@ -76,11 +76,12 @@ def draw_loss(path: Path, rows: list[Row], vocab_size: int, bigram: float | None
     lines = [(math.log(vocab_size), f"ln({vocab_size:,}), knowing nothing")]
     if bigram is not None:
         lines.append((bigram, "bigram model"))
-    for loss, label in lines:
+    for (loss, label), side in zip(lines, ("right", "left"), strict=False):
         axes.axhline(loss, color="0.55", linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"{label}: {loss:.2f}", (1, loss), xycoords=("axes fraction", "data"),
-            xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=9, color="0.35",
+        axes.annotate(  # where the curve, which falls, is not
+            f"{label}: {loss:.2f}", (side == "right", loss), xycoords=("axes fraction", "data"),
+            xytext=(-4 if side == "right" else 4, 4), textcoords="offset points", ha=side,
+            fontsize=9, color="0.35",
         )  # fmt: skip
     if train:
         axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.2, label="training")
@@ -88,7 +89,7 @@ def draw_loss(path: Path, rows: list[Row], vocab_size: int, bigram: float | None
         label = f"validation, now {val[-1][1]:.3f}"
         axes.plot(
             *zip(*val, strict=True), color="#08519c", linewidth=2, marker="o", markersize=4,
-            label=label,
+            clip_on=False, zorder=3, label=label,
         )  # fmt: skip
     axes.set(xlabel="step", ylabel="loss (nats per token)", xlim=(0, last))
     axes.grid(color="0.92")

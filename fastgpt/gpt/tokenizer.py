@@ -10,11 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError, require
+from .errors import LazyModule, UsageError, require
 from .files import atomic_path, cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
+else:
+    np = LazyModule("numpy")
 
 
 class Tokenizer(ABC):
@@ -47,7 +49,6 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
 
     def encode(self, texts: Sequence[str]) -> "list[np.ndarray[Any, Any]]":
-        np = require("numpy")
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
     def token_bytes(self, token: int) -> bytes:
@@ -68,7 +69,6 @@ class CharTokenizer(Tokenizer):
         self.index = {character: i for i, character in enumerate(alphabet)}
 
     def encode(self, texts: Sequence[str]) -> "list[np.ndarray[Any, Any]]":
-        np = require("numpy")
         try:
             return [np.array([self.index[c] for c in text], dtype=np.int64) for text in texts]
         except KeyError as error:
@@ -114,7 +114,6 @@ class BPETokenizer(Tokenizer):
         return cls(tokenizer.to_str())
 
     def encode(self, texts: Sequence[str]) -> "list[np.ndarray[Any, Any]]":
-        np = require("numpy")
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 

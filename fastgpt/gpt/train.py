@@ -282,7 +282,7 @@ class Report:
     def row(self, row: Row) -> None:
         speed = f"{row.tokens_per_s:,.0f} tokens/s" if row.tokens_per_s else "start"
         loss = f"loss {row.train_loss:.4f}" if row.train_loss is not None else ""
-        self.bar.set_postfix_str(f"{loss} {speed}", refresh=False)
+        self.bar.set_postfix_str(", ".join(filter(None, (loss, speed))), refresh=False)
         self.bar.update(row.step - self.bar.n)
         if self.bar.disable or row.val_loss is not None:
             val = f"val {row.val_loss:.4f}" if row.val_loss is not None else ""
@@ -409,6 +409,8 @@ def make_trainer(options: dict[str, Any]) -> Trainer:
     """The run that the options ask for: fields of TrainConfig, and `out` or `resume`."""
     out, resume = options.pop("out", None), options.pop("resume", None)
     if resume is None:
+        if options.get("data") is not None:  # to be found again from another folder
+            options["data"] = str(Path(options["data"]).resolve())
         config = TrainConfig(**options)
         name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         return Trainer(config, out or Path("runs") / name)
