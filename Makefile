@@ -1,7 +1,7 @@
 # Everything starts here: `make demo` trains a GPT, `make test` tests the package, each from a bare clone.
 PYTHON ?= python3
 VENV ?= .venv
-# One torch for development; any from 2.10 on will do (make TORCH='torch==2.10.0' test).
+# The torch of the development environment; the package itself runs on any from 2.10 on.
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin

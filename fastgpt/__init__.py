@@ -1,6 +1,4 @@
-"""Fused, numerically stable softmax-cross-entropy and attention for PyTorch, and a reference
-GPT.
-"""
+"""Fused, numerically stable cross-entropy and attention for PyTorch, and a reference GPT."""
 
 from fastgpt.backends import eager as _eager  # noqa: F401 (fills its column of the table)
 from fastgpt.backends import native as _native  # noqa: F401

@@ -89,8 +89,7 @@ def read_environment() -> None:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Prefer the backend `name` ("native", "triton" or "eager") in this thread, inside the `with`
-    block.
+    """Prefer the backend `name` ("native", "triton" or "eager") in this thread, inside the block.
 
     A call that this backend does not cover still goes to eager; `fastgpt.explain` says which and
     why. Nests. Raises ValueError for an unknown name, and RuntimeError with the reason if the

@@ -322,7 +322,7 @@ def _check_attention(
         or query.shape[-3] % key.shape[-3] != 0
     ):
         raise RuntimeError(
-            f"{op}: enable_gqa expects the query heads to be a multiple of the key and value heads, "
+            f"{op}: enable_gqa expects query heads that are a multiple of the key and value heads, "
             f"got {shapes}"
         )
     if attn_mask is not None:
@@ -342,9 +342,7 @@ def _check_attention(
 
 
 class Explanation(NamedTuple):
-    """What `explain` found: the backend that would run a call, and what became of the ones before
-    it.
-    """
+    """Which backend would run a call, and the decision on each backend asked, the last one yes."""
 
     op: str
     device: str
@@ -361,8 +359,8 @@ def explain(function: Any, /, *args: Any, **kwargs: Any) -> Explanation:
 
     `function` is `fastgpt.cross_entropy`, `fastgpt.scaled_dot_product_attention`, torch's function
     of either name (answered as inside `fastgpt.drop_in()`), or a `CrossEntropyLoss` module. Checks
-    the arguments and raises as the call would; runs nothing. Raises TypeError for any other
-    function.
+    the arguments and raises as the call would; runs nothing. Any other function is a
+    TypeError.
     """
     F = torch.nn.functional
     if isinstance(function, torch.nn.CrossEntropyLoss):

@@ -1,4 +1,4 @@
-"""The CPU kernels under the address and undefined-behaviour sanitizers, without torch around them."""
+"""The CPU kernels under the address and undefined-behaviour sanitizers, without torch."""
 
 import os
 import shutil

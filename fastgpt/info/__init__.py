@@ -47,9 +47,7 @@ class Info:
 
 
 def info() -> Info:
-    """Versions, instruction set, threads, and every op x backend x device with its state and
-    reason.
-    """
+    """What can run here: versions, threads, and each op x backend x device with its reason."""
     cells = []
     for op in OPS:
         for backend in BACKENDS:

@@ -1,3 +1,1 @@
-"""One file per op: the raw operators (schemas, fake kernels, vmap rules) and their autograd
-Functions.
-"""
+"""One file per op: the raw operators (schemas, fake kernels, vmap rules) and the Functions."""

@@ -51,11 +51,10 @@ class CrossEntropyCall(NamedTuple):
 
 
 def class_rows(logits: Tensor) -> Tensor | None:
-    """Logits (N, C, ...) as rows (R, C) without a copy, or None where their strides do not allow
-    it.
+    """Logits (N, C, ...) as rows (R, C) without a copy, or None where their strides forbid it.
 
-    The kernels read a row with unit stride, and rows at any one distance. So (N, T, C) seen as (N,
-    C, T) through a transpose is rows; a contiguous (N, C, T) is not.
+    The kernels read a row with unit stride, and rows at any one distance. So (N, T, C) seen as
+    (N, C, T) through a transpose is rows; a contiguous (N, C, T) is not.
     """
     x = logits.movedim(1, -1)
     if x.shape[-1] != 1 and x.stride(-1) != 1:
@@ -70,9 +69,7 @@ def class_rows(logits: Tensor) -> Tensor | None:
 
 
 def _probabilities(logits: Tensor, kept: Tensor) -> Tensor:
-    """softmax(logits) (N, C) in the accumulator type, from logits that are zero in the ignored
-    rows.
-    """
+    """softmax(logits) (N, C) in the accumulator type; uniform in the ignored rows."""
     x = logits.to(accumulator_dtype(logits.dtype))
     return torch.softmax(x.masked_fill(~kept.unsqueeze(1), 0), dim=1)
 
@@ -105,9 +102,7 @@ def _jvp(v: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor
 def _second_order(
     v: Tensor, grad_loss: Tensor, logits: Tensor, target: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """The adjoint of the gradient along v (N, C): with respect to grad_loss (N,) and logits (N,
-    C).
-    """
+    """The adjoint of the gradient along v (N, C), with respect to grad_loss and to logits."""
     kept = target != ignore_index
     p = _probabilities(logits, kept)
     v = v.to(p.dtype)
@@ -146,9 +141,7 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...
 
 
 def define(namespace: str) -> Launcher:
-    """Define the raw operators of a backend in `namespace`; its kernels are registered
-    elsewhere.
-    """
+    """Define a backend's raw operators in `namespace`; its kernels are registered elsewhere."""
     forward, backward = (
         f"{namespace}::cross_entropy_forward",
         f"{namespace}::cross_entropy_backward",
@@ -213,9 +206,7 @@ LAUNCHERS = {"native": define("fastgpt")}
 
 
 def _launch(operator: Any, *arguments: Any) -> Any:
-    """Call a raw operator, with the exception torch would raise: its stable ABI knows one type
-    only.
-    """
+    """Call a raw operator, with torch's exception: the stable ABI knows RuntimeError only."""
     try:
         return operator(*arguments)
     except RuntimeError as error:

@@ -7,9 +7,7 @@ from torch import Tensor
 
 
 def causal_mask(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(L, S) bool, True where position i may look at position j: j <= i, torch's top-left
-    alignment.
-    """
+    """(L, S) bool: position i may look at position j <= i, torch's top-left alignment."""
     return torch.ones(rows, columns, dtype=torch.bool, device=device).tril()
 
 
@@ -23,8 +21,7 @@ def scaled_dot_product_attention(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """The contract of `torch.nn.functional.scaled_dot_product_attention`, with L x S scores in
-    memory.
+    """The contract of torch's function of this name, with the L x S scores in memory.
 
     A query that may look at nothing gets zeros. 16-bit inputs are computed in float32.
     """

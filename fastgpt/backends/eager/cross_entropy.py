@@ -1,6 +1,4 @@
-"""Cross-entropy in torch operations: the naive form as it is taught, and the stable one as it is
-used.
-"""
+"""Cross-entropy in torch operations: the naive form that is taught, and the stable one."""
 
 import torch
 from torch import Tensor
@@ -19,9 +17,7 @@ def naive_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """log softmax over dim 1: subtracting the row's maximum leaves the result and stops the
-    overflow.
-    """
+    """log softmax over dim 1: subtracting the maximum stops overflow and changes nothing else."""
     shifted = logits - logits.amax(1, keepdim=True).detach()
     return shifted - shifted.exp().sum(1, keepdim=True).log()
 
@@ -60,8 +56,7 @@ def _of_classes(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    """Target (N, ...) of classes y: (1 - s) w_y (-log p_y) + s / C sum_j w_j (-log p_j), s the
-    smoothing.
+    """Target (N, ...) of classes y, smoothing s: -(1 - s) w_y log p_y - s / C sum_j w_j log p_j.
 
     The weighted mean divides by the sum of the targets' weights.
     """
@@ -83,9 +78,7 @@ def _of_classes(
 def _of_probabilities(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
 ) -> Tensor:
-    """Target (N, C, ...) of probabilities q: -sum_j w_j q_j log p_j; the mean divides by N times
-    the rest.
-    """
+    """Target (N, C, ...) of probabilities q: -sum_j w_j q_j log p_j, the mean over positions."""
     q = target.to(torch.promote_types(x.dtype, target.dtype))
     if label_smoothing > 0:
         q = (1 - label_smoothing) * q + label_smoothing / x.shape[1]
