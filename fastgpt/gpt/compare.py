@@ -60,7 +60,7 @@ def compare_losses(
             step_times[name].append(time.perf_counter() - start)
             logits.grad = None
             start = time.perf_counter()
-            loss_function(name)(logits, targets).backward()  # type: ignore[no-untyped-call]
+            loss_function(name)(logits, targets).backward()
             loss_times[name].append(time.perf_counter() - start)
     return [
         Measurement(
@@ -101,7 +101,7 @@ def _prepare(config: GPTConfig, batch_size: int) -> tuple[Callable[[str], Tensor
 
     def step(name: str) -> Tensor:
         loss: Tensor = model(x, y, loss_function(name))[1]
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

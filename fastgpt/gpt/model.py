@@ -6,9 +6,6 @@ store the four projections of a block transposed, (in, out); these are nn.Linear
 Shapes: B sequences, T tokens, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
 """
 
-# mypy: disable-error-code="no-any-return"
-# (calling an nn.Module has no type)
-
 import math
 from collections.abc import Callable
 

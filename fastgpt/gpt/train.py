@@ -150,7 +150,7 @@ class Trainer:
         self.model.train()
         for micro in range(config.grad_accum):
             loss = self._loss(TRAIN, self.step * config.grad_accum + micro) / config.grad_accum
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.sums[0] += loss.detach()
         limit = config.grad_clip or math.inf
         self.sums[1] += torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
