@@ -1,0 +1,13 @@
+"""The reference GPT: the demonstration of fastgpt's kernels, and their first user.
+
+Building a model needs only torch; data, training and sampling need `pip install 'fastgpt[gpt]'`.
+
+    python -m fastgpt.gpt.demo                       everything, in less than five minutes on a CPU
+    python -m fastgpt.gpt.train --preset small       train
+    python -m fastgpt.gpt.sample --run runs/...      write text with the result
+"""
+
+from .config import PRESETS, GPTConfig, TrainConfig
+from .model import GPT
+
+__all__ = ["GPT", "PRESETS", "GPTConfig", "TrainConfig"]

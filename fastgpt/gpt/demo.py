@@ -1,0 +1,115 @@
+"""The demonstration: `python -m fastgpt.gpt.demo`, at most five minutes on two CPU cores.
+
+Trains a GPT on the source of the Python standard library, with the number of steps that fits the
+time on this machine; prints what the fused loss is worth in a training step, how far the validation
+loss falls below a bigram model's, and a sample.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import fastgpt
+
+from .compare import Measurement, compare_losses, table
+from .config import PRESETS, TrainConfig
+from .data import load_dataset
+from .errors import UsageError, run_command
+from .files import cache_dir
+from .sample import print_stream, stream_text
+from .train import Trainer
+
+SETTINGS = TrainConfig(
+    preset="demo", batch_size=8, lr=2e-3, min_lr=0.0, weight_decay=0.1, warmup=100,
+    eval_interval=250, eval_batches=40, log_interval=25, device="cpu",
+)  # fmt: skip
+PROMPT = "def "
+MARGIN = (
+    0.9  # of the time left is planned for; the rest is for evaluations, a busy machine, the sample
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    begin = time.monotonic()
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgpt.gpt.demo", description="Train a small GPT here and now."
+    )
+    parser.add_argument("--minutes", type=float, default=4.5, help="for everything (default: 4.5)")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/demo-<time>)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+    options = parser.parse_args(arguments)
+    if not options.minutes > 0:
+        raise UsageError(f"--minutes must be above 0, got {options.minutes}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    out = options.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    _title("One training step, three losses", begin)
+    model_config = PRESETS[SETTINGS.preset]
+    _print_kernel(SETTINGS.batch_size * model_config.block_size, model_config.vocab_size)
+    measurements = compare_losses(model_config, SETTINGS.batch_size)
+    print(table(measurements))
+
+    _title("The corpus", begin)
+    data = load_dataset(SETTINGS.data, SETTINGS.tokenizer, SETTINGS.vocab_size)
+    vocab_size = data.tokenizer.vocab_size
+    print(
+        f"{data.corpus}: {len(data.train):,} tokens to train on, {len(data.val):,} held out; "
+        f"bpe vocabulary {vocab_size:,} (cached in {cache_dir()})"
+    )
+
+    _title("Training", begin)
+    left = begin + 60 * options.minutes - time.monotonic()
+    trainer = Trainer(plan(SETTINGS, left, measurements[0]), out, data=data)
+    print(
+        f"{trainer.model.num_parameters():,} parameters, {torch.get_num_threads()} threads; "
+        f"{left:.0f} s are left, enough for {trainer.config.steps:,} steps of "
+        f"{SETTINGS.tokens_per_step:,} tokens"
+    )
+    status = trainer.run(deadline=begin + 60 * options.minutes)
+    if status:
+        return status
+
+    _title("A sample", begin)
+    print_stream(PROMPT, stream_text(trainer.model, data.tokenizer, PROMPT, 150, top_p=0.95))
+
+    _title("The result", begin)
+    val = trainer.metrics.rows[-1].val_loss or trainer.evaluate()
+    bigram = trainer.bigram_loss or math.nan
+    print(
+        f"validation loss, nats per token:  ln({vocab_size:,}) {math.log(vocab_size):.3f}  ->  "
+        f"bigram model {bigram:.3f}  ->  this GPT {val:.3f}\n"
+        f"perplexity:                       {vocab_size:,}  ->  {math.exp(bigram):.1f}  ->  "
+        f"{math.exp(val):.1f}\n\n{table(measurements)}\n\n"
+        f"curve: {out / 'loss.png'}; more text: python -m fastgpt.gpt.sample --run {out}\n"
+        f"{time.monotonic() - begin:.0f} s in all"
+    )
+    return 0
+
+
+def plan(settings: TrainConfig, seconds: float, fused: Measurement) -> TrainConfig:
+    """The settings with as many steps as fit the time, judged by a step just measured."""
+    evaluations = 1 / 3 * settings.eval_batches / settings.eval_interval  # forward only, per step
+    steps = int(MARGIN * seconds / (fused.step_ms / 1e3 * (1 + evaluations)))
+    steps = max(steps, 20)
+    return replace(settings, steps=steps, warmup=min(settings.warmup, steps // 10))
+
+
+def _print_kernel(rows: int, vocab_size: int) -> None:
+    """Say which kernel the fused loss runs here."""
+    logits = torch.zeros(rows, vocab_size, requires_grad=True)
+    print(fastgpt.explain(fastgpt.cross_entropy, logits, torch.zeros(rows, dtype=torch.int64)))
+
+
+def _title(text: str, begin: float) -> None:
+    print(f"\n--- {text} ({time.monotonic() - begin:.0f} s) " + "-" * (60 - len(text)), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

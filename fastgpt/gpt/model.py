@@ -1,0 +1,164 @@
+"""GPT-2: token and position embeddings, pre-norm blocks of attention and MLP, a tied output layer.
+
+Radford et al. 2019; the parameters have the names of the published weights. (Hugging Face's files
+store the four projections of a block transposed, (in, out); these are nn.Linear's (out, in).)
+
+Shapes: B sequences, T tokens, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastgpt
+
+from .config import GPTConfig
+from .errors import UsageError
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) -> a scalar
+
+
+class CausalSelfAttention(nn.Module):
+    """Each position gathers values from itself and the positions before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+            for part in self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
+        )
+        y = fastgpt.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Each position on its own: four times wider, GELU, and back."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # GPT-2's form of it
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Communicate, then compute; each adds to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """From tokens (B, T) to the features (B, T, C) that the output layer reads."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        position = torch.arange(idx.shape[1], device=idx.device)
+        x = self.drop(self.wte(idx) + self.wpe(position))  # (B, T, C) + (T, C)
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+
+class GPT(nn.Module):
+    """A language model: for each position, the logits of the next token."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied: Press & Wolf 2017
+        self.init_weights()
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, loss_fn: LossFunction | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The logits (B, T, V) for tokens `idx` (B, T) int64, and the mean loss against `targets`.
+
+        targets (B, T) int64, the next token of each position, or -100 where there is none to learn
+        from; without targets the loss is None. `loss_fn` defaults to `fastgpt.cross_entropy`.
+        Raises UsageError (a ValueError) if T exceeds the config's block_size.
+        """
+        logits = self.lm_head(self.features(idx))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        loss_fn = loss_fn or fastgpt.cross_entropy
+        loss = loss_fn(logits.flatten(0, 1), targets.flatten())  # (B*T, V), (B*T,)
+        return logits, loss
+
+    def features(self, idx: Tensor) -> Tensor:
+        """What the output layer multiplies: (B, T, C) for tokens (B, T)."""
+        if idx.shape[1] > self.config.block_size:
+            raise UsageError(
+                f"{idx.shape[1]} tokens do not fit the context: block_size is "
+                f"{self.config.block_size}; pass the last {self.config.block_size} of them"
+            )
+        return self.transformer(idx)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), biases 0.
+
+        The projections onto the residual stream are smaller by sqrt(2 n_layer), the number of
+        terms that the stream sums, so that its variance does not grow with the depth.
+        """
+        for module in self.transformer.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=std)
+
+    def num_parameters(self) -> int:
+        """How many numbers training adjusts; the tied matrix counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def loss_function(name: str) -> LossFunction:
+    """The cross-entropy called "fused", "torch" or "naive"; "naive" knows no ignored targets."""
+    if name == "fused":
+        return fastgpt.cross_entropy
+    if name == "torch":
+        return F.cross_entropy
+    if name == "naive":
+        from fastgpt.backends.eager.cross_entropy import naive_cross_entropy
+
+        return naive_cross_entropy
+    raise UsageError(f"loss must be one of fused, torch, naive, got {name!r}")
