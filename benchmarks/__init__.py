@@ -1,0 +1,1 @@
+"""Measured comparisons of fastgpt with its peers: `pytest benchmarks --benchmark-only`."""

@@ -1,0 +1,210 @@
+"""Measure, print Markdown, and leave a dated JSON and a chart in benchmarks/results/.
+
+python -m benchmarks.report                      # the quick shapes
+python -m benchmarks.report --long               # and the long ones
+python -m benchmarks.report --shape gpt2-fp32 --budget 60
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastgpt
+from benchmarks import peers
+from benchmarks.compare import FLOOR, Comparison, RedGateError, compare, headline, markdown
+from benchmarks.shapes import CROSS_ENTROPY
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on, as far as it can be told."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    info = fastgpt.info()
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "isa": info.isa,
+        "isas": list(info.isas),
+        "threads": torch.get_num_threads(),
+        # Of the minute before: above about 0, other work disturbed the measurement.
+        "load_average": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.machine()}",
+        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "fastgpt": fastgpt.__version__,
+        "commit": _commit(),
+    }
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _cpu_model() -> str:
+    for line in (_read("/proc/cpuinfo") or "").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _commit() -> str | None:
+    """The commit that was measured, with "-dirty" if the tree differs from it."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=RESULTS.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> None:
+    """Bars of each peer's time over fastgpt's, forward and backward together, with quartiles."""
+    from matplotlib.figure import Figure
+
+    colours = {peers.EAGER: "#c44e52", peers.COMPILED: "#4c72b0", peers.NAIVE: "#b0b0b0"}
+    step = len(colours) + 1
+    figure = Figure(figsize=(8.5, 1.2 + 1.05 * len(comparisons)), layout="constrained")
+    axes = figure.subplots()
+    reach = max(
+        comparison.ratio(row.provider, "full")[2]
+        for comparison in comparisons
+        for row in comparison.rows
+        if row.measured
+    )
+    for index, comparison in enumerate(comparisons):
+        for place, (name, colour) in enumerate(colours.items()):
+            at = index * step + place
+            row = comparison.row(name)
+            if not row.measured:
+                axes.text(1 + reach * 0.012, at, f"{name}: {row.reason}", va="center", fontsize=8)
+                continue
+            low, median, high = comparison.ratio(name, "full")
+            axes.barh(at, median, color=colour, height=0.85, label=name)
+            axes.errorbar(
+                median, at, xerr=[[median - low], [high - median]], color="0.15", capsize=2, lw=1
+            )
+            beside = high if median > 1 else max(high, 1)  # clear of the line at 1
+            axes.text(beside + reach * 0.012, at, f"{median:.1f}", va="center", fontsize=9)
+        if any(row.provider == FLOOR for row in comparison.rows):
+            _, fraction, _ = comparison.ratio(FLOOR, "full")
+            axes.plot(
+                [fraction] * 2,
+                [index * step - 0.5, index * step + len(colours) - 0.5],
+                color="black",
+                lw=1.5,
+                ls=":",
+                label="what memory bandwidth allows",
+            )
+    axes.axvline(1, color="#2a7f3f", lw=2, label="fastgpt")
+    axes.set_yticks(
+        [index * step + 1 for index in range(len(comparisons))],
+        [
+            f"{c.shape}\n{c.row(peers.FASTGPT).median('full') * 1e3:.3g} ms with fastgpt"
+            for c in comparisons
+        ],
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, reach * 1.1)
+    axes.set_xlabel("time ÷ fastgpt's time, forward + backward (median, quartiles)")
+    figure.suptitle(
+        f"cross-entropy: {where['cpu']}, {where['threads']} threads, {where['isa']}, "
+        f"torch {where['torch']}",
+        fontsize=10,
+    )
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        once.values(), once, loc="outside lower center", ncols=len(once), fontsize=8, frameon=False
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--long", action="store_true", help="measure the long shapes too")
+    parser.add_argument(
+        "--shape", action="append", choices=[s.name for s in CROSS_ENTROPY], help="only this one"
+    )
+    parser.add_argument("--budget", type=float, default=15.0, help="seconds of rounds a shape (15)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
+    arguments = parser.parse_args()
+
+    where = machine()
+    shapes = [
+        shape
+        for shape in CROSS_ENTROPY
+        if (shape.name in arguments.shape if arguments.shape else shape.quick or arguments.long)
+    ]
+    print(f"{where['cpu']}, torch {where['torch']}, commit {where['commit']}")
+    if where["load_average"] > 0.5:
+        print(f"Other work disturbs this: the load average was {where['load_average']:.1f}.")
+    comparisons = []
+    for shape in shapes:
+        try:
+            comparison = compare(shape, budget=arguments.budget)
+        except RedGateError as red:
+            sys.exit(f"{shape}: no report: {red}")
+        comparisons.append(comparison)
+        print(f"\n{headline(comparison)}\n\n{markdown(comparison)}", flush=True)
+
+    date = datetime.datetime.now(datetime.timezone.utc)
+    record = {
+        "date": date.isoformat(timespec="seconds"),
+        "op": "cross_entropy",
+        "machine": where,
+        "comparisons": [comparison.as_json() for comparison in comparisons],
+    }
+    stem = arguments.out / f"{date:%Y-%m-%d-%H%M%S}-cross-entropy-cpu"
+    chart, numbers = stem.with_suffix(".png"), stem.with_suffix(".json")
+    write_atomically(chart, lambda path: draw(comparisons, where, path))
+    write_atomically(numbers, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    print(f"\n{numbers}\n{chart}")
+
+
+if __name__ == "__main__":
+    main()
