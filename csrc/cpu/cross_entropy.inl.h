@@ -136,13 +136,14 @@ static void cross_entropy_backward(const CrossEntropyBackward& a, int64_t begin,
     const A m = static_cast<const A*>(a.row_max)[row];
     const A rest = static_cast<const A*>(a.rest)[row];
     const A grad = static_cast<const A*>(a.grad_loss)[row * a.grad_loss_stride];
-    const A scale = A(grad / (double(rest) + ::exp(double(widen(x[target])) - double(m))));
+    const double total = double(rest) + ::exp(double(widen(x[target])) - double(m));
+    const A scale = A(double(grad) / total);
     if (a.stream) {
       scaled_exp<T, true>(x, out, a.classes, m, scale);
     } else {
       scaled_exp<T, false>(x, out, a.classes, m, scale);
     }
-    out[target] = narrow<T>(-scale * rest);
+    out[target] = narrow<T>(A(-double(grad) * double(rest) / total));
   }
   if (a.stream) stream_fence();
 }

@@ -367,15 +367,15 @@ static inline void store_partial(Vec<A> x, T* p, int n) {
   for (int i = 0; i < n; ++i) p[i] = narrow<T>(lanes[i]);
 }
 
-// e^r on |r| <= ln(2) / 2 by its Taylor series. The first term left out, relative to the result, is
-// 0.35^8 / 8! = 5e-9 in float and 0.35^14 / 14! = 5e-18 in double: under a tenth of half an ulp.
+// e^r on |r| <= ln(2) / 2: in float by the polynomial of degree 6 of least largest relative error
+// whose last two coefficients are 1 (4e-9, under a tenth of half an ulp; benchmarks/NOTES.md), in
+// double by its Taylor series. The first term that leaves out is 0.35^14 / 14! = 5e-18.
 static inline Vec<float> exp_reduced(Vec<float> r) {
-  Vec<float> s = Vec<float>::all(1.0f / 5040);
-  s = fma(s, r, Vec<float>::all(1.0f / 720));
-  s = fma(s, r, Vec<float>::all(1.0f / 120));
-  s = fma(s, r, Vec<float>::all(1.0f / 24));
-  s = fma(s, r, Vec<float>::all(1.0f / 6));
-  s = fma(s, r, Vec<float>::all(0.5f));
+  Vec<float> s = Vec<float>::all(0.00138145837f);
+  s = fma(s, r, Vec<float>::all(0.00836872403f));
+  s = fma(s, r, Vec<float>::all(0.041668389f));
+  s = fma(s, r, Vec<float>::all(0.166665211f));
+  s = fma(s, r, Vec<float>::all(0.49999994f));
   s = fma(s, r, Vec<float>::all(1.0f));
   return fma(s, r, Vec<float>::all(1.0f));
 }
