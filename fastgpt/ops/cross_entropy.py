@@ -282,8 +282,9 @@ class CrossEntropy(Function):
         logits, target, ctx.ignore_index, ctx.backend = inputs
         _, row_max, rest = output
         ctx.mark_non_differentiable(row_max, rest)
+        # The same tensors for both: torch's vmap rule keeps the batch dimensions of one list only.
         ctx.save_for_backward(logits, target, row_max, rest)
-        ctx.save_for_forward(logits, target)
+        ctx.save_for_forward(logits, target, row_max, rest)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -294,7 +295,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def jvp(ctx: Any, v: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        logits, target = ctx.saved_tensors
+        logits, target, _row_max, _rest = ctx.saved_tensors
         return _jvp(v, logits, target, ctx.ignore_index), None, None
 
 
