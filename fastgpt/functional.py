@@ -174,7 +174,7 @@ def _check_cross_entropy(
 
 def _check_classes(input: Tensor, target: Tensor) -> torch.Size:
     """Check class-index targets against the logits; returns the shape of the unreduced loss."""
-    if target.shape == input.shape and input.dim() > 1:
+    if target.shape == input.shape:
         raise RuntimeError(
             "Expected floating point type for target with class probabilities (a target shaped "
             f"like the logits), got {target.dtype}"
@@ -187,7 +187,7 @@ def _check_classes(input: Tensor, target: Tensor) -> torch.Size:
             raise ValueError(
                 f"For 1D input, 1D target must have size 1, but got target size: {got}"
             )
-        return target.shape
+        return torch.Size()
     batch = target.shape[0] if target.dim() > 0 else 0
     if batch != input.shape[0]:
         raise ValueError(

@@ -281,9 +281,9 @@ class CrossEntropy(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, target, ctx.ignore_index, ctx.backend = inputs
         _, row_max, rest = output
-        ctx.mark_non_differentiable(row_max, rest)
+        # The same tensors for both: torch's vmap rule keeps the batch dimensions of one list only.
         ctx.save_for_backward(logits, target, row_max, rest)
-        ctx.save_for_forward(logits, target)
+        ctx.save_for_forward(logits, target, row_max, rest)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -293,9 +293,13 @@ class CrossEntropy(Function):
         return grad_logits, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, v: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        logits, target = ctx.saved_tensors
-        return _jvp(v, logits, target, ctx.ignore_index), None, None
+    def jvp(ctx: Any, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        logits, target, _row_max, _rest = ctx.saved_tensors
+        tangent = _jvp(v, logits, target, ctx.ignore_index)
+        # torch's vmap rule stumbles over None when a jvp surrounds the vmap, and torch insists on
+        # None for an output that is marked as non-differentiable; hence neither.
+        zero = torch.zeros_like(tangent)
+        return tangent, zero, zero
 
 
 # Without it the compiler refuses a Function that has a jvp; and without the jvp, compiled

@@ -1,5 +1,7 @@
 """Cross-entropy in torch operations: the naive form that is taught, and the stable one."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ def naive_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """log softmax over dim 1: subtracting the maximum stops overflow and changes nothing else."""
+    if logits.shape[1] == 0:  # there is no maximum
+        return logits
     shifted = logits - logits.amax(1, keepdim=True).detach()
     return shifted - shifted.exp().sum(1, keepdim=True).log()
 
@@ -48,6 +52,20 @@ def cross_entropy(
     return _of_classes(x, target.long(), weight, ignore_index, reduction, label_smoothing)
 
 
+def _at_target(log_p: Tensor, y: Tensor) -> Tensor:
+    """log_p_y for each row, with torch's IndexError for a class that does not exist."""
+    try:
+        return log_p.gather(1, y.unsqueeze(1)).squeeze(1)
+    except RuntimeError as error:
+        found = re.search(r"index (-?\d+) is out of bounds", str(error))
+        if found is None:
+            raise
+        raise IndexError(
+            f"Target {found[1]} is out of bounds: expected 0 <= target < {log_p.shape[1]} (the "
+            "number of classes) or ignore_index."
+        ) from None
+
+
 def _of_classes(
     x: Tensor,
     target: Tensor,
@@ -64,7 +82,7 @@ def _of_classes(
     y = target.masked_fill(~kept, 0)
     # Zeroed before the softmax: NaN in an ignored row must reach neither the loss nor the gradient.
     log_p = _log_softmax(x.masked_fill(~kept.unsqueeze(1), 0))
-    loss = -log_p.gather(1, y.unsqueeze(1)).squeeze(1)
+    loss = -_at_target(log_p, y)
     row_weight = kept.to(x.dtype) if weight is None else weight[y] * kept
     loss = loss * row_weight if weight is not None else loss.masked_fill(~kept, 0)
     if label_smoothing > 0:
