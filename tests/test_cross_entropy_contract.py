@@ -208,14 +208,14 @@ def test_the_signature_differs_from_torchs():
     assert ours == torchs
     logits, target = random_logits(4, 3)
     positional = (logits, target, None, None, 2, None, "sum", 0.0)
-    torch.testing.assert_close(
-        fastgpt.cross_entropy(*positional), F.cross_entropy(*positional)
-    )
+    torch.testing.assert_close(fastgpt.cross_entropy(*positional), F.cross_entropy(*positional))
 
 
 # ---- calls that must raise as torch does ----
 
 X, T = random_logits(4, 3)
+SOFT = probabilities((4, 3))
+LEARNT = torch.ones(3, requires_grad=True)
 BAD_CALLS = {
     "int32 target": ((X, T.int()), {}, "dtype|Int"),
     "bool target": ((X, T.bool()), {}, "dtype|Bool"),
@@ -227,7 +227,7 @@ BAD_CALLS = {
     "target of another K": ((X.view(2, 3, 2), T.view(2, 2)[:, :1]), {}, "size"),
     "target with one more dimension": ((X, T.view(4, 1)), {}, "size|dim|multi"),
     "target missing a dimension": ((X.view(2, 3, 2), T[:2]), {}, "size|dim"),
-    "probabilities of another shape": ((X, probabilities((4, 2))), {}, "dtype|Float|Double|size|dim|target"),
+    "probabilities of another shape": ((X, probabilities((4, 2))), {}, "dtype|size|dim|target"),
     "integer target shaped like the logits": ((X, X.long()), {}, "class probabilities"),
     "unbatched integer target shaped like the logits": ((X[0], T[:3]), {}, "class probabilities"),
     "one class and an integer target like it": ((X[0, :1], T[:1]), {}, "class probabilities"),
@@ -238,10 +238,10 @@ BAD_CALLS = {
     "weight too long": ((X, T, torch.ones(4)), {}, "weight tensor"),
     "weight of two dimensions": ((X, T, torch.ones(3, 1)), {}, "weight tensor"),
     "weight of another type": ((X, T, torch.ones(3).double()), {}, "type|dtype"),
-    "weight that requires grad": ((X, T, torch.ones(3, requires_grad=True)), {}, "not differentiable|derivative"),
-    "short weight for probabilities": ((X, probabilities((4, 3)), torch.ones(2)), {}, "weight tensor"),
+    "weight that requires grad": ((X, T, LEARNT), {}, "not differentiable|derivative"),
+    "short weight for probabilities": ((X, SOFT, torch.ones(2)), {}, "weight tensor"),
     "smoothing above one": ((X, T), {"label_smoothing": 1.5}, "label_smoothing"),
-    "ignore_index with probabilities": ((X, probabilities((4, 3))), {"ignore_index": 1}, "ignore_index"),
+    "ignore_index with probabilities": ((X, SOFT), {"ignore_index": 1}, "ignore_index"),
     "unknown reduction": ((X, T), {"reduction": "average"}, "average"),
     "no reduction": ((X, T), {"reduction": None}, "None"),
     "target out of range": ((X, T + 3), {}, "out of bounds"),

@@ -1,0 +1,325 @@
+"""Which backend runs a call: preferences, environment, explanations, and a missing extension."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastgpt
+from fastgpt import dispatch
+from fastgpt.backends import native
+
+LOGITS = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.5, -1.0]])
+TARGET = torch.tensor([2, 0])
+
+
+def chosen(**options) -> str:
+    return fastgpt.explain(fastgpt.cross_entropy, LOGITS, TARGET, **options).backend
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run code in a fresh interpreter that finds the package under test."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FASTGPT_")}
+    inherited["PYTHONPATH"] = str(Path(fastgpt.__file__).parent.parent)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_native_extension_is_not_built():
+    """Without it every other test of a kernel would test nothing."""
+    assert native.extension is not None, native._reason
+    assert native.isa() == native.isas()[-1] or os.environ.get("FASTGPT_CPU_ISA")
+    assert native.isas()[0] == "scalar"
+
+
+# ---- fastgpt.backend ----
+
+
+def test_the_fastest_backend_is_not_the_default():
+    assert chosen() == os.environ.get("FASTGPT_BACKEND", "native")
+
+
+def test_preferences_do_not_nest():
+    default = chosen()
+    with fastgpt.backend("eager"):
+        assert chosen() == "eager"
+        with fastgpt.backend("native"):
+            assert chosen() == "native"
+            with fastgpt.backend("eager"):
+                assert chosen() == "eager"
+            assert chosen() == "native"
+        assert chosen() == "eager"
+    assert chosen() == default
+
+
+def test_a_preference_outlives_an_exception():
+    default = chosen()
+    with pytest.raises(KeyError), fastgpt.backend("eager"):
+        raise KeyError(chosen())
+    assert chosen() == default
+
+
+def test_a_preference_reaches_another_thread():
+    default, seen = chosen(), []
+    with fastgpt.backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(chosen()))
+        thread.start()
+        thread.join()
+    assert seen == [default]
+
+
+@pytest.mark.parametrize("name", ["Native", "cuda", "", None])
+def test_an_unknown_backend_is_accepted(name):
+    with pytest.raises(ValueError, match="expected one of 'native', 'triton', 'eager'"):  # noqa: SIM117
+        with fastgpt.backend(name):
+            pass
+    assert chosen() == "native"
+
+
+def test_an_unavailable_backend_is_accepted_or_gives_no_reason(monkeypatch):
+    cell = dispatch.Cell("cross_entropy", "triton", "cuda", "no GPU in this machine")
+    for key in [key for key in dispatch.TABLE if key[1] == "triton"]:
+        monkeypatch.delitem(dispatch.TABLE, key)
+    with pytest.raises(RuntimeError, match=r"'triton' is off: not implemented.*fastgpt\.info"):  # noqa: SIM117
+        with fastgpt.backend("triton"):
+            pass
+    monkeypatch.setitem(dispatch.TABLE, ("cross_entropy", "triton", "cuda"), cell)
+    with pytest.raises(RuntimeError, match="no GPU in this machine"):  # noqa: SIM117
+        with fastgpt.backend("triton"):
+            pass
+    assert chosen() == "native"
+
+
+# ---- explain ----
+
+
+def test_explain_hides_a_decision():
+    with fastgpt.backend("eager"):
+        explanation = fastgpt.explain(fastgpt.cross_entropy, LOGITS, TARGET)
+    text = str(explanation)
+    assert text.startswith("cross_entropy on cpu runs on eager")
+    assert "native: the backend 'eager' was asked for" in text
+    assert [d.backend for d in explanation.decisions] == list(dispatch.BACKENDS)
+    assert explanation.decisions[-1].reason == ""
+    assert str(fastgpt.explain(fastgpt.cross_entropy, LOGITS, TARGET)) == (
+        "cross_entropy on cpu runs on native"
+    )
+
+
+def test_explain_knows_fewer_functions_than_it_says():
+    sequence = torch.zeros(2, 4, 8)
+    for function in (fastgpt.cross_entropy, F.cross_entropy):
+        assert fastgpt.explain(function, LOGITS, TARGET).op == "cross_entropy"
+    for module in (fastgpt.CrossEntropyLoss(), torch.nn.CrossEntropyLoss()):
+        assert fastgpt.explain(module, LOGITS, TARGET).backend == "native"
+    smoothed = fastgpt.explain(torch.nn.CrossEntropyLoss(label_smoothing=0.1), LOGITS, TARGET)
+    assert "native: label smoothing" in str(smoothed)
+    weighted = fastgpt.CrossEntropyLoss(weight=torch.ones(3))
+    assert "native: class weights" in str(fastgpt.explain(weighted, LOGITS, TARGET))
+    for function in (fastgpt.scaled_dot_product_attention, F.scaled_dot_product_attention):
+        explanation = fastgpt.explain(function, sequence, sequence, sequence)
+        assert explanation.op == "scaled_dot_product_attention"
+        assert explanation.backend == "eager"
+        assert "native: not implemented" in str(explanation)
+    with pytest.raises(TypeError, match="expected cross_entropy"):
+        fastgpt.explain(torch.softmax, LOGITS, 1)
+
+
+def test_explain_accepts_what_the_call_would_refuse():
+    with pytest.raises(ValueError, match="batch_size"):
+        fastgpt.explain(fastgpt.cross_entropy, LOGITS, TARGET[:1])
+    with pytest.raises(TypeError):
+        fastgpt.explain(fastgpt.cross_entropy, LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "rule"),
+    [
+        (LOGITS.t(), torch.zeros(3, dtype=torch.int64), "strides"),
+        (torch.zeros(2, 0), torch.full((2,), -100), "no classes"),
+        (LOGITS, LOGITS.softmax(1), "probability targets"),
+        (LOGITS.to(torch.float8_e4m3fn), TARGET, "logits of type torch.float8_e4m3fn"),
+    ],
+)
+def test_a_rule_is_not_named(logits, target, rule):
+    explanation = fastgpt.explain(fastgpt.cross_entropy, logits, target)
+    assert explanation.backend == "eager"
+    assert f"native: {rule}" in str(explanation)
+
+
+def test_explain_runs_the_kernel():
+    """It answers from shapes and types: a target out of range is no concern of it."""
+    assert fastgpt.explain(fastgpt.cross_entropy, LOGITS, TARGET + 50).backend == "native"
+
+
+# ---- instruction sets ----
+
+
+def test_an_unknown_instruction_set_is_accepted():
+    before = native.isa()
+    with pytest.raises(ValueError, match="cannot run the instruction set 'mmx'"):
+        native.extension.set_isa("mmx")
+    with pytest.raises(TypeError):
+        native.extension.set_isa(3)
+    assert native.isa() == before
+
+
+def test_instruction_sets_disagree():
+    """Not bit by bit: their registers differ in width, so their sums differ in order."""
+    logits = torch.randn(9, 1000, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(9)
+    previous, losses = native.isa(), []
+    try:
+        for isa in native.isas():
+            native.extension.set_isa(isa)
+            assert native.isa() == isa
+            losses.append(fastgpt.cross_entropy(logits, target, reduction="none"))
+    finally:
+        native.extension.set_isa(previous)
+    for loss in losses:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-6, atol=0)
+
+
+# ---- the environment ----
+
+SHOW = """
+import torch, fastgpt
+from fastgpt.backends import native
+explanation = fastgpt.explain(fastgpt.cross_entropy, torch.zeros(2, 3), torch.zeros(2).long())
+loss = fastgpt.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())
+assert abs(loss.item() - 1.0986123) < 1e-6
+print(explanation.backend, native.isa())
+"""
+
+
+def test_fastgpt_backend_is_ignored():
+    shown = python(SHOW, FASTGPT_BACKEND="eager")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.split()[0] == "eager"
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [("cuda", "ValueError: FASTGPT_BACKEND: expected one of"),
+     ("triton", "RuntimeError: FASTGPT_BACKEND: the backend 'triton' is off")],
+)  # fmt: skip
+def test_a_fastgpt_backend_that_cannot_run_is_ignored(value, error):
+    if value == "triton" and any(
+        c.backend == "triton" and c.available for c in dispatch.TABLE.values()
+    ):
+        pytest.skip("triton runs on this machine")
+    shown = python(SHOW, FASTGPT_BACKEND=value)
+    assert shown.returncode != 0
+    assert error in shown.stderr
+
+
+def test_a_with_block_does_not_override_fastgpt_backend():
+    shown = python(
+        "import fastgpt, torch\n"
+        "with fastgpt.backend('native'):\n"
+        "    print(fastgpt.explain(fastgpt.cross_entropy, torch.zeros(2, 3),"
+        " torch.zeros(2).long()).backend)",
+        FASTGPT_BACKEND="eager",
+    )
+    assert shown.stdout.strip() == "native", shown.stderr
+
+
+def test_fastgpt_cpu_isa_is_ignored():
+    for isa in {native.isas()[0], native.isas()[-1]}:
+        shown = python(SHOW, FASTGPT_CPU_ISA=isa)
+        assert shown.returncode == 0, shown.stderr
+        assert shown.stdout.split() == ["native", isa]
+
+
+def test_an_unknown_fastgpt_cpu_isa_is_ignored():
+    shown = python(SHOW, FASTGPT_CPU_ISA="sse9")
+    assert shown.returncode != 0
+    assert "ValueError: FASTGPT_CPU_ISA: expected one of 'scalar'" in shown.stderr
+
+
+# ---- without the extension ----
+
+HIDE = """
+import sys, importlib.abc
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "fastgpt._C":
+            raise {error}
+sys.meta_path.insert(0, Hide())
+"""
+AFTER = """
+import json
+import torch, fastgpt
+x, t = torch.randn(4, 5, requires_grad=True), torch.arange(4)
+loss = fastgpt.cross_entropy(x, t)
+loss.backward()
+assert torch.allclose(loss, torch.nn.functional.cross_entropy(x, t))
+with fastgpt.drop_in():
+    torch.nn.functional.cross_entropy(x, t)
+try:
+    with fastgpt.backend("native"):
+        raise SystemExit("native was accepted")
+except RuntimeError as error:
+    refused = str(error)
+information = fastgpt.info()
+cells = {(c["op"], c["backend"], c["device"]): c for c in information.cells}
+print(json.dumps({
+    "backend": fastgpt.explain(fastgpt.cross_entropy, x, t).backend,
+    "why": str(fastgpt.explain(fastgpt.cross_entropy, x, t)),
+    "cell": cells["cross_entropy", "native", "cpu"],
+    "isa": information.isa,
+    "refused": refused,
+    "text": str(information),
+}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("ModuleNotFoundError('hidden', name=name)", "the extension has not been built"),
+        (
+            "ImportError('undefined symbol: aoti_torch_x')",
+            "the extension does not load (undefined symbol: aoti_torch_x)",
+        ),
+    ],
+)
+def test_the_package_does_not_work_without_its_extension(error, reason):
+    shown = python(HIDE.format(error=error) + AFTER)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["backend"] == "eager"
+    assert not found["cell"]["available"]
+    assert found["isa"] is None
+    for text in (found["why"], found["refused"], found["text"], found["cell"]["reason"]):
+        assert reason in text
+
+
+def test_the_reason_of_a_failed_build_is_lost():
+    """The installation records why; the record, not the guess, is what `info` shows."""
+    record = """
+from pathlib import Path
+original = Path.read_text
+def read_text(self, *args, **kwargs):
+    if self.name == "_build.json":
+        return '{"C": {"reason": "no C++ compiler: install g++"}}'
+    return original(self, *args, **kwargs)
+Path.read_text = read_text
+"""
+    shown = python(record + AFTER)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["backend"] == "eager"
+    assert found["cell"]["reason"] == "no C++ compiler: install g++"
+    assert "no C++ compiler: install g++" in found["refused"]

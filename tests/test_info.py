@@ -1,0 +1,102 @@
+"""`fastgpt.info()` and `python -m fastgpt.info`: what this installation can run."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgpt
+from fastgpt.backends import native
+from fastgpt.dispatch import BACKENDS
+
+OPS = ("cross_entropy", "scaled_dot_product_attention")
+DEVICES = ("cpu", "cuda")
+
+
+def show(*arguments: str) -> str:
+    environment = dict(os.environ, PYTHONPATH=str(Path(fastgpt.__file__).parent.parent))
+    shown = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "fastgpt.info", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr == ""
+    return shown.stdout
+
+
+def test_the_command_prints_something_else_than_info():
+    assert show().strip() == str(fastgpt.info()).strip()
+
+
+def test_the_json_lacks_a_cell_or_does_not_parse():
+    found = json.loads(show("--json"))
+    cells = {(c["op"], c["backend"], c["device"]): c for c in found["cells"]}
+    assert set(cells) == set(product(OPS, BACKENDS, DEVICES))
+    assert found["torch"] == torch.__version__
+    assert found["isas"] == list(native.isas())
+    assert found["isa"] == native.isa()
+    for cell in cells.values():
+        assert cell["available"] == (cell["reason"] == "")
+    assert cells["cross_entropy", "native", "cpu"]["available"]
+    assert all(cells[op, "eager", device]["available"] for op, device in product(OPS, DEVICES))
+
+
+def test_the_table_hides_a_cell_or_a_reason():
+    information = fastgpt.info()
+    lines = str(information).splitlines()
+    for cell in information.cells:
+        state = "on" if cell["available"] else f"off: {cell['reason']}"
+        assert any(
+            line.split()[:3] == [cell["op"], cell["backend"], cell["device"]]
+            and line.endswith(state)
+            for line in lines
+        )
+    assert native.isa() in str(information)
+    assert f"{torch.get_num_threads()} threads" in str(information)
+
+
+def test_an_empty_cell_is_a_guess():
+    cells = {(c["op"], c["backend"], c["device"]): c for c in fastgpt.info().cells}
+    for op, device in product(OPS, DEVICES):
+        if (op, device) != ("cross_entropy", "cpu"):
+            cell = cells[op, "native", device]
+            assert cell["available"] or cell["reason"]
+
+
+def test_importing_the_module_replaces_the_function():
+    """`fastgpt.info` is both a function and a module that can be run."""
+    importlib.import_module("fastgpt.info")
+    assert isinstance(fastgpt.info(), fastgpt.Info)
+    shown = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import fastgpt.info\nprint(type(fastgpt.info()).__name__)\n"
+            "from fastgpt.info import info\nprint(type(info()).__name__)",
+        ],
+        env=dict(os.environ, PYTHONPATH=str(Path(fastgpt.__file__).parent.parent)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert shown.stdout.split() == ["Info", "Info"], shown.stderr
+
+
+def test_info_can_be_changed():
+    with pytest.raises(AttributeError):
+        fastgpt.info().version = "2"
+
+
+def test_a_public_name_is_missing():
+    for name in fastgpt.__all__:
+        assert getattr(fastgpt, name) is not None
+    assert isinstance(fastgpt.__version__, str)
