@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -67,11 +68,24 @@ def test_the_table_gives_ratios_to_the_fused_loss():
     assert "7 MiB" in lines[2]
 
 
-@pytest.mark.parametrize(("seconds", "step_ms"), [(200, 100.0), (60, 500.0)])
-def test_the_planned_steps_fill_the_time_and_no_more(seconds, step_ms):
-    config = demo.plan(demo.SETTINGS, seconds, Measurement("fused", 9.0, step_ms, 5.0, None))
-    assert 0.8 * seconds < config.steps * step_ms / 1e3 < seconds
-    assert config.warmup <= config.steps / 10
+def test_the_planned_steps_fill_the_time_that_is_left():
+    assert demo.plan(demo.SETTINGS, 0, 200.0, 0.1).steps == 2000
+    assert demo.plan(demo.SETTINGS, 300, 200.0, 0.1).steps == 2300
+    late = demo.plan(demo.SETTINGS, 300, -5.0, 0.1)
+    assert late.steps == 301, "it ends with the next step"
+    short = demo.plan(demo.SETTINGS, 0, 20.0, 0.1)
+    assert (short.steps, short.warmup) == (200, 20), "the warm-up is a tenth at most"
+
+
+def test_a_wrong_first_guess_of_the_pace_is_corrected(tmp_path):
+    settings = dataclasses.replace(demo.SETTINGS, steps=10**6)  # a guess that would take hours
+    data = demo.load_dataset(settings.data, settings.tokenizer, settings.vocab_size)
+    begin = time.monotonic()
+    trainer = demo.TimedTrainer(settings, tmp_path / "run", data, until=begin + 4)
+    assert trainer.run() == 0
+    assert 2 < time.monotonic() - begin < 8
+    assert trainer.step == trainer.config.steps == load_config(tmp_path / "run").steps < 10**5
+    assert trainer.metrics.rows[-1].lr == 0, "the schedule came to its end"
 
 
 def test_the_demonstration_trains_samples_and_reports(tmp_path, capsys):

@@ -1,8 +1,8 @@
 """The demonstration: `python -m fastgpt.gpt.demo`, at most five minutes on two CPU cores.
 
-Trains a GPT on the source of the Python standard library, with the number of steps that fits the
-time on this machine; prints what the fused loss is worth in a training step, how far the validation
-loss falls below a bigram model's, and a sample.
+Trains a GPT on the source of the Python standard library, with as many steps as fit the time on
+this machine; prints what the fused loss is worth in a training step, how far the validation loss
+falls below a bigram model's, and a sample.
 """
 
 import argparse
@@ -16,22 +16,20 @@ import torch
 
 import fastgpt
 
-from .compare import Measurement, compare_losses, table
+from .compare import compare_losses, table
 from .config import PRESETS, TrainConfig
-from .data import load_dataset
+from .data import Dataset, load_dataset
 from .errors import UsageError, run_command
 from .files import cache_dir
 from .sample import print_stream, stream_text
 from .train import Trainer
 
 SETTINGS = TrainConfig(
-    preset="demo", batch_size=8, lr=2e-3, min_lr=0.0, weight_decay=0.1, warmup=100,
+    preset="demo", batch_size=8, lr=3e-3, min_lr=0.0, weight_decay=0.1, warmup=100,
     eval_interval=250, eval_batches=40, log_interval=25, device="cpu",
 )  # fmt: skip
 PROMPT = "def "
-MARGIN = (
-    0.9  # of the time left is planned for; the rest is for evaluations, a busy machine, the sample
-)
+SHARE = 0.95  # of the time is for training and what comes before it; the sample has the rest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastgpt.gpt.demo", description="Train a small GPT here and now."
     )
-    parser.add_argument("--minutes", type=float, default=4.5, help="for everything (default: 4.5)")
+    parser.add_argument("--minutes", type=float, default=4.75, help="in all (default: 4.75)")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/demo-<time>)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
     options = parser.parse_args(arguments)
@@ -65,12 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     _title("Training", begin)
-    left = begin + 60 * options.minutes - time.monotonic()
-    trainer = Trainer(plan(SETTINGS, left, measurements[0]), out, data=data)
+    until = begin + SHARE * 60 * options.minutes
+    left = until - time.monotonic()
+    guess = plan(SETTINGS, 0, left, measurements[0].step_ms / 1e3)
+    trainer = TimedTrainer(guess, out, data, until)
     print(
         f"{trainer.model.num_parameters():,} parameters, {torch.get_num_threads()} threads; "
-        f"{left:.0f} s are left, enough for {trainer.config.steps:,} steps of "
-        f"{SETTINGS.tokens_per_step:,} tokens"
+        f"{max(left, 0):.0f} s, or about {guess.steps:,} steps of {guess.tokens_per_step:,} "
+        "tokens; the plan follows the pace"
     )
     status = trainer.run(deadline=begin + 60 * options.minutes)
     if status:
@@ -93,11 +93,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def plan(settings: TrainConfig, seconds: float, fused: Measurement) -> TrainConfig:
-    """The settings with as many steps as fit the time, judged by a step just measured."""
-    evaluations = 1 / 3 * settings.eval_batches / settings.eval_interval  # forward only, per step
-    steps = int(MARGIN * seconds / (fused.step_ms / 1e3 * (1 + evaluations)))
-    steps = max(steps, 20)
+class TimedTrainer(Trainer):
+    """A run that plans its steps anew at every row, so as to end at `until` (of time.monotonic).
+
+    A plan made once would be wrong by as much as the machine's other work changes. The learning
+    rate follows the plan: it ends at its lowest when the time does.
+    """
+
+    def __init__(self, config: TrainConfig, out: Path, data: Dataset, until: float) -> None:
+        super().__init__(config, out, data=data)
+        self.begin, self.until = time.monotonic(), until
+
+    def record(self, evaluate: bool) -> None:
+        super().record(evaluate)
+        now = time.monotonic()
+        if 0 < self.step < self.config.steps:
+            pace = (now - self.begin) / self.step  # with the evaluations
+            config = plan(SETTINGS, self.step, self.until - now, pace)
+            self.set_steps(config.steps, config.warmup)
+
+
+def plan(settings: TrainConfig, done: int, seconds: float, pace: float) -> TrainConfig:
+    """The settings with the steps done and as many more as fit the time at `pace` seconds each."""
+    steps = max(done + int(seconds / pace), done + 1, 2 * settings.log_interval)
     return replace(settings, steps=steps, warmup=min(settings.warmup, steps // 10))
 
 

@@ -119,14 +119,14 @@ class Trainer:
         self._report = Report(self.config.steps, self.step)
         with self._report as report, StopSignals() as stop:
             if self.step == 0 and self.config.steps > 0:
-                self._record(evaluate=True)
+                self.record(evaluate=True)
             self.mark = time.perf_counter()
             while self.step < self.config.steps and not (stop.signal or report.closed):
                 self.train_step()
                 last = self.step == self.config.steps
                 evaluate = last or self.step % self.config.eval_interval == 0
                 if evaluate or self.step % self.config.log_interval == 0:
-                    self._record(evaluate)
+                    self.record(evaluate)
                 if evaluate:
                     self.save()
                     self.draw()
@@ -141,6 +141,12 @@ class Trainer:
                 )
         status = stop.signal or (signal.SIGPIPE if report.closed else 0)
         return 128 + status if status else 0
+
+    def set_steps(self, steps: int, warmup: int) -> None:
+        """Change the number of steps, and with it the learning rates of those to come."""
+        self.config = replace(self.config, steps=steps, warmup=warmup)
+        _write_json(self.out / "config.json", asdict(self.config))
+        self._report.set_steps(steps)
 
     def train_step(self) -> None:
         """One step of the optimiser on `grad_accum` batches."""
@@ -203,7 +209,7 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             return self.forward(x, y, self.loss_fn)[1]
 
-    def _record(self, evaluate: bool) -> None:
+    def record(self, evaluate: bool) -> None:
         """Add a row to metrics.csv and tell the terminal."""
         n = self.interval_steps
         loss_sum, norm_sum = self.sums.tolist()  # waits for a GPU, so that the time is right
@@ -278,6 +284,9 @@ class Report:
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
         )  # fmt: skip
         self.start = time.perf_counter()
+
+    def set_steps(self, steps: int) -> None:
+        self.steps = self.bar.total = steps
 
     def row(self, row: Row) -> None:
         speed = f"{row.tokens_per_s:,.0f} tokens/s" if row.tokens_per_s else "start"
