@@ -93,12 +93,3 @@ def threads() -> Iterator[None]:
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
-
-
-def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    # torch's own: the first forward-mode derivative, and the first use of inductor, script some
-    # decompositions.
-    config.addinivalue_line(
-        "filterwarnings", "ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning"
-    )
