@@ -2,6 +2,8 @@
 
 import functools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -747,3 +749,20 @@ def test_a_result_changes_from_run_to_run(native_backend):
     for loss, gradient in runs[1:]:
         assert torch.equal(loss, runs[0][0])
         assert torch.equal(gradient, runs[0][1])
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="this operating system has no transparent huge pages to ask for",
+)
+def test_a_large_gradient_arrives_in_small_pages(best_native):
+    logits, target = random_logits(64, 50257)
+    _, gradient = gradient_of(lambda x: best_native.cross_entropy(x, target), logits, None)
+    middle = gradient.data_ptr() + gradient.nbytes // 2
+    advised = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= middle < int(found[2], 16)
+        elif line.startswith("VmFlags:") and inside:
+            advised = "hg" in line.split()
+    assert advised
