@@ -6,6 +6,7 @@ falls below a bigram model's, and a sample.
 """
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     _title("Training", begin)
+    deadline = begin + 60 * options.minutes
     until = begin + SHARE * 60 * options.minutes
     left = until - time.monotonic()
     guess = plan(SETTINGS, 0, left, measurements[0].step_ms / 1e3)
@@ -72,12 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{max(left, 0):.0f} s, or about {guess.steps:,} steps of {guess.tokens_per_step:,} "
         "tokens; the plan follows the pace"
     )
-    status = trainer.run(deadline=begin + 60 * options.minutes)
+    status = trainer.run(deadline)
     if status:
         return status
 
     _title("A sample", begin)
-    print_stream(PROMPT, stream_text(trainer.model, data.tokenizer, PROMPT, 150, top_p=0.95))
+    text = stream_text(trainer.model, data.tokenizer, PROMPT, 150, top_p=0.95)
+    print_stream(PROMPT, itertools.takewhile(lambda piece: time.monotonic() < deadline, text))
 
     _title("The result", begin)
     val = trainer.metrics.rows[-1].val_loss or trainer.evaluate()
