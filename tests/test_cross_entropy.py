@@ -105,7 +105,7 @@ def test_eager_error_exceeds_torchs_by_more_than_its_own_roundings(classes, dtyp
 
 @pytest.mark.parametrize("dtype", REDUCED_DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("classes", [2, 17, 1023, 50257])
+@pytest.mark.parametrize("classes", [2, 17, 1023, 4099])
 def test_sixteen_bit_results_are_rounded_more_than_once(native_backend, classes, reduction, dtype):
     """Loss and gradient are formed in float32: one rounding to 16 bits, wherever p lies."""
     for scale in (1, 10, 50):
@@ -263,7 +263,6 @@ def compare_with_torch(
 
     if upstream is None:
         upstream = random_like(torch.empty(target.shape if reduction == "none" else ()))
-    want = gradient_of(of_torch, logits.double(), upstream.double())
     upstream = upstream.to(logits.dtype)
     want = gradient_of(of_torch, logits.double(), upstream.double())
     got = gradient_of(of_ours, logits, upstream)
@@ -299,15 +298,17 @@ def test_large_logits_overflow(backend, classes, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("masked", [1, 15, 64, 1024, 2048, 4096, 4097, 9000])
+@pytest.mark.parametrize("masked", [1, 64, 1024, 2048, 4097, 9000])
 def test_leading_minus_infinity_gives_nan(backend, masked, dtype):
     """A whole block of the online softmax at -inf: exp(-inf - -inf) must not reach the sum."""
     logits, target = random_logits(4, 9100, dtype=dtype, scale=3)
     logits[:, :masked] = -INF
-    target[:] = torch.tensor([masked, 9099, 9050, masked + 1])
+    target[:] = torch.tensor([masked, 9099, 0, masked + 1])
     loss, gradient = compare_with_torch(backend, logits, target)
-    assert loss.isfinite().all()
-    assert not gradient[:, :masked].any()
+    assert loss[[0, 1, 3]].isfinite().all()
+    assert not gradient[[0, 1, 3], :masked].any()
+    assert loss[2] == INF  # the third target is itself at -inf
+    assert gradient[2].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -397,17 +398,17 @@ def test_an_ignored_row_with_an_infinite_upstream_gradient_is_not_zero(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 1000])
-def test_ignored_rows_count(backend, ignore_index, reduction, dtype):
+def test_ignored_rows_count(backend, ignore_index, dtype):
     logits, target = random_logits(40, 11, dtype=dtype, scale=2)
     target[::3] = ignore_index
-    loss, gradient = compare_with_torch(
-        backend, logits, target, reduction=reduction, ignore_index=ignore_index
-    )
-    assert not gradient[target == ignore_index].any()
-    if reduction == "none":
-        assert not loss[target == ignore_index].any()
+    for reduction in ("none", "mean", "sum"):
+        loss, gradient = compare_with_torch(
+            backend, logits, target, reduction=reduction, ignore_index=ignore_index
+        )
+        assert not gradient[target == ignore_index].any()
+        if reduction == "none":
+            assert not loss[target == ignore_index].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -700,9 +701,7 @@ def test_streaming_writes_other_bits_than_cached_ones(native_backend, classes, d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("n", "classes"), [(1, 1), (7, 50257), (1000, 33), (4097, 5), (40001, 3), (70000, 7)]
-)
+@pytest.mark.parametrize(("n", "classes"), [(1, 1), (5, 50257), (1000, 33), (4097, 5), (70000, 7)])
 def test_bits_depend_on_the_number_of_threads(native_backend, n, classes, dtype, threads):
     logits, target = random_logits(n, classes, dtype=dtype, scale=3)
     target[::7] = -100
