@@ -120,6 +120,20 @@ def test_nan_in_an_ignored_row_reaches_a_second_derivative(backend):
 
     close(tangent(poisoned), tangent(logits))
 
+    # And in the derivatives of those, which torch takes through the closed forms.
+    def slope(x):
+        return grad(lambda x: jvp(lambda x: backend.cross_entropy(x, target), (x,), (logits,))[1])(
+            x
+        )
+
+    def third(x):
+        first = grad(lambda x: backend.cross_entropy(x, target))
+        second = grad(lambda x: (first(x) * logits.cos()).sum())
+        return grad(lambda x: (second(x) * logits.sin()).sum())(x)
+
+    close(slope(poisoned), slope(logits))
+    close(third(poisoned), third(logits))
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_second_backward_doubles_or_loses_the_gradient(backend, dtype):
