@@ -44,7 +44,7 @@ def _gpt3(n_layer: int, n_embd: int, n_head: int) -> GPTConfig:
 PRESETS: dict[str, GPTConfig] = {
     # For a CPU; the vocabulary is the tokeniser's.
     "tiny": GPTConfig(vocab_size=8192, block_size=64, n_layer=2, n_head=2, n_embd=64),
-    "demo": GPTConfig(vocab_size=8192, block_size=128, n_layer=4, n_head=3, n_embd=192),
+    "demo": GPTConfig(vocab_size=8192, block_size=128, n_layer=4, n_head=4, n_embd=128),
     "small": GPTConfig(vocab_size=8192, block_size=256, n_layer=6, n_head=6, n_embd=384),
     # Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
     "gpt2": _gpt2(12, 768, 12),

@@ -26,7 +26,7 @@ from .sample import print_stream, stream_text
 from .train import Trainer
 
 SETTINGS = TrainConfig(
-    preset="demo", batch_size=8, lr=3e-3, min_lr=0.0, weight_decay=0.1, warmup=100,
+    preset="demo", batch_size=8, lr=4e-3, min_lr=0.0, weight_decay=0.1, warmup=100,
     eval_interval=250, eval_batches=40, log_interval=25, device="cpu",
 )  # fmt: skip
 PROMPT = "def "

@@ -33,9 +33,10 @@ def scaled_dot_product_attention(
         v = v.repeat_interleave(q.shape[-3] // v.shape[-3], dim=-3)
     # Without the scale the scores' variance is head_dim and the softmax starts out nearly one-hot.
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    if is_causal:
-        attn_mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
-    if attn_mask is not None:
+    if is_causal:  # no row is empty: every query may look at the first key
+        hidden = ~causal_mask(q.shape[-2], k.shape[-2], q.device)
+        weights = torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1)
+    elif attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, -math.inf)
         else:
