@@ -10,7 +10,11 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <memory>
+#include <new>
+#include <optional>
 #include <tuple>
 
 #if defined(__linux__)
@@ -25,8 +29,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-DType dtype_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return kFloat32;
     case ScalarType::Double:
@@ -36,7 +40,7 @@ DType dtype_of(const Tensor& logits) {
     case ScalarType::Half:
       return kFloat16;
     default:
-      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16 logits");
+      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
   }
   return kFloat32;
 }
@@ -161,10 +165,171 @@ Tensor cross_entropy_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target
   return grad_logits;
 }
 
+// ---- attention ----
+
+// The kernels read rows of unit stride. vmap, transposes and expanded upstream gradients bring
+// others.
+Tensor with_unit_columns(const Tensor& x) {
+  return x.size(3) == 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+}
+
+Heads<const void> heads_of(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Heads<void> heads_of_result(const Tensor& x) {
+  return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// (B, H, N, columns), in memory as (B, N, H, columns): what a model makes of it next is a view.
+Tensor new_heads(const Tensor& like, const Tensor& heads, int64_t columns) {
+  return torch::stable::transpose(
+      torch::stable::new_empty(like, {heads.size(0), heads.size(2), heads.size(1), columns}), 1, 2);
+}
+
+AttentionMask mask_of(const std::optional<Tensor>& mask, const Tensor& query, int64_t keys) {
+  if (!mask.has_value()) return {kNoMask, nullptr, 0, 0, 0, 0};
+  STD_TORCH_CHECK(mask->dim() == 4, "expected attn_mask (B, H, L, S)");
+  const int64_t sizes[] = {query.size(0), query.size(1), query.size(2), keys};
+  int64_t strides[4];
+  for (int64_t i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(mask->size(i) == sizes[i] || mask->size(i) == 1,
+                    "expected attn_mask broadcastable to (B, H, L, S)");
+    strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+  }
+  const ScalarType type = mask->scalar_type();
+  const MaskKind kind = type == ScalarType::Bool                         ? kBoolMask
+                        : type == query.scalar_type()                    ? kStorageMask
+                        : type == accumulator_of(dtype_of(query))        ? kAccumulatorMask
+                                                                         : kNoMask;
+  STD_TORCH_CHECK(kind != kNoMask,
+                  "expected attn_mask of bool, query's or the accumulator type");
+  return {kind, mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value,
+                       const std::optional<Tensor>& mask, bool is_causal, double scale) {
+  const bool four = query.dim() == 4 && key.dim() == 4 && value.dim() == 4;
+  STD_TORCH_CHECK(four && key.size(0) == query.size(0) && value.size(0) == query.size(0) &&
+                      key.size(1) == value.size(1) && key.size(1) > 0 &&
+                      query.size(1) % key.size(1) == 0 && key.size(2) == value.size(2) &&
+                      key.size(3) == query.size(3),
+                  "expected query (B, Hq, L, D), key (B, H, S, D) and value (B, H, S, Dv), Hq a "
+                  "multiple of H");
+  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() &&
+                      value.scalar_type() == query.scalar_type(),
+                  "expected query, key and value of one type");
+  STD_TORCH_CHECK(query.numel() > 0 && key.numel() > 0 && value.numel() > 0,
+                  "expected query, key and value that are not empty");
+  return {query.size(0),   query.size(1),   key.size(1),
+          query.size(2),   key.size(2),     query.size(3),
+          value.size(3),   is_causal,       scale,
+          mask_of(mask, query, key.size(2)), heads_of(query), heads_of(key),
+          heads_of(value)};
+}
+
+// One phase after another, the tasks of a phase by whichever thread is free: under a causal mask
+// they differ in length.
+template <class Arguments>
+void run_attention(const AttentionKernel<Arguments>& kernel, const Arguments& arguments,
+                   const Tensor& like) {
+  const AttentionPlan plan = kernel.plan(arguments);
+  constexpr int64_t kLine = 64;
+  Tensor memory =
+      torch::stable::new_empty(like, {plan.workspace_bytes + kLine}, ScalarType::Byte);
+  advise_huge_pages(memory);
+  const auto aligned = [](void* p) {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine);
+  };
+  void* workspace = aligned(memory.mutable_data_ptr());
+  std::atomic<bool> out_of_memory{false};
+  for (int phase = 0; phase < 3; ++phase) {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, plan.tasks[phase], 1, [&](int64_t, int64_t) {
+      // An exception would lose its text here.
+      const std::unique_ptr<char[]> scratch(new (std::nothrow) char[plan.scratch_bytes + kLine]);
+      if (scratch == nullptr) out_of_memory = true;
+      while (!out_of_memory) {
+        const int64_t task = next++;
+        if (task >= plan.tasks[phase]) break;
+        kernel.run(arguments, phase, task, workspace, aligned(scratch.get()));
+      }
+    });
+    STD_TORCH_CHECK(!out_of_memory, "attention: no memory for ", plan.scratch_bytes,
+                    " bytes of scratch per thread");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, Tensor key, Tensor value,
+                                                         std::optional<Tensor> mask,
+                                                         bool is_causal, double scale) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                  "expected query, key and value of four dimensions");
+  query = with_unit_columns(query);
+  key = with_unit_columns(key);
+  value = with_unit_columns(value);
+  const DType dtype = dtype_of(query);
+  AttentionForward arguments;
+  static_cast<Attention&>(arguments) = attention_of(query, key, value, mask, is_causal, scale);
+  Tensor output = new_heads(query, query, value.size(3));
+  const auto per_row = [&] {
+    return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)},
+                                    accumulator_of(dtype));
+  };
+  Tensor row_max = per_row(), row_sum = per_row();
+  arguments.output = heads_of_result(output);
+  arguments.row_max = row_max.mutable_data_ptr();
+  arguments.row_sum = row_sum.mutable_data_ptr();
+  run_attention(active_kernels().attention_forward[dtype], arguments, query);
+  return {output, row_max, row_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
+    Tensor output, Tensor row_max, Tensor row_sum, bool is_causal, double scale) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                  "expected query, key and value of four dimensions");
+  query = with_unit_columns(query);
+  key = with_unit_columns(key);
+  value = with_unit_columns(value);
+  const DType dtype = dtype_of(query);
+  AttentionBackward arguments;
+  static_cast<Attention&>(arguments) = attention_of(query, key, value, mask, is_causal, scale);
+  const Tensor* outputs[] = {&grad_output, &output};
+  for (const Tensor* x : outputs) {
+    STD_TORCH_CHECK(x->dim() == 4 && x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
+                        x->size(2) == query.size(2) && x->size(3) == value.size(3) &&
+                        x->scalar_type() == query.scalar_type(),
+                    "expected grad_output and output (B, Hq, L, Dv) of query's type");
+  }
+  const Tensor* statistics[] = {&row_max, &row_sum};
+  for (const Tensor* x : statistics) {
+    STD_TORCH_CHECK(x->dim() == 3 && x->numel() == query.size(0) * query.size(1) * query.size(2) &&
+                        x->is_contiguous() && x->scalar_type() == accumulator_of(dtype),
+                    "expected row_max and row_sum (B, Hq, L), contiguous, in the accumulator type");
+  }
+  grad_output = with_unit_columns(grad_output);
+  output = with_unit_columns(output);
+  Tensor grad_query = new_heads(query, query, query.size(3));
+  Tensor grad_key = new_heads(key, key, key.size(3));
+  Tensor grad_value = new_heads(value, value, value.size(3));
+  arguments.grad_output = heads_of(grad_output);
+  arguments.output = heads_of(output);
+  arguments.row_max = row_max.const_data_ptr();
+  arguments.row_sum = row_sum.const_data_ptr();
+  arguments.grad_query = heads_of_result(grad_query);
+  arguments.grad_key = heads_of_result(grad_key);
+  arguments.grad_value = heads_of_result(grad_value);
+  run_attention(active_kernels().attention_backward[dtype], arguments, query);
+  return {grad_query, grad_key, grad_value};
+}
+
 }  // namespace
 }  // namespace fastgpt
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&fastgpt::attention_forward_cpu));
+  m.impl("attention_backward", TORCH_BOX(&fastgpt::attention_backward_cpu));
   m.impl("cross_entropy_forward", TORCH_BOX(&fastgpt::cross_entropy_forward_cpu));
   m.impl("cross_entropy_backward", TORCH_BOX(&fastgpt::cross_entropy_backward_cpu));
 }

@@ -12,6 +12,7 @@ from fastgpt import dispatch
 from fastgpt.backends.eager import attention as eager_attention
 from fastgpt.backends.eager import cross_entropy as eager_cross_entropy
 from fastgpt.dispatch import Decision
+from fastgpt.ops.attention import Attention, AttentionCall, four_dimensional
 from fastgpt.ops.cross_entropy import CrossEntropy, CrossEntropyCall, class_rows
 
 # ---- cross-entropy ----
@@ -225,19 +226,6 @@ def _check_weight(input: Tensor, weight: Tensor | None, of_probabilities: bool) 
 # ---- attention ----
 
 
-class AttentionCall(NamedTuple):
-    """A checked call of `scaled_dot_product_attention`."""
-
-    query: Tensor  # (..., Hq, L, D)
-    key: Tensor  # (..., H, S, D)
-    value: Tensor  # (..., H, S, Dv)
-    attn_mask: Tensor | None
-    dropout_p: float
-    is_causal: bool
-    scale: float | None
-    enable_gqa: bool
-
-
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -286,7 +274,13 @@ def scaled_dot_product_attention(
             enable_gqa=enable_gqa,
         )
     call = _check_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return eager_attention.scaled_dot_product_attention(*call)
+    device = call.query.device.type
+    backend = dispatch.choose("scaled_dot_product_attention", device, call)[-1].backend
+    if backend == "eager":
+        return eager_attention.scaled_dot_product_attention(*call)
+    q, k, v, mask, factor, output_shape = four_dimensional(call)
+    output, _, _ = Attention.apply(q, k, v, mask, call.is_causal, factor, backend)
+    return output.reshape(output_shape)
 
 
 def _check_attention(

@@ -23,6 +23,8 @@ namespace fastgpt {
 namespace avx2 {
 #include "vec.h"
 #include "cross_entropy.inl.h"
+#include "gemm.h"
+#include "attention.inl.h"
 #include "table.inl.h"
 }  // namespace avx2
 }  // namespace fastgpt

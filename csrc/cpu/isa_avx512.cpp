@@ -31,6 +31,8 @@ namespace fastgpt {
 namespace avx512 {
 #include "vec.h"
 #include "cross_entropy.inl.h"
+#include "gemm.h"
+#include "attention.inl.h"
 #include "table.inl.h"
 }  // namespace avx512
 }  // namespace fastgpt

@@ -32,6 +32,8 @@ namespace fastgpt {
 namespace avx512_bf16 {
 #include "vec.h"
 #include "cross_entropy.inl.h"
+#include "gemm.h"
+#include "attention.inl.h"
 #include "table.inl.h"
 }  // namespace avx512_bf16
 }  // namespace fastgpt

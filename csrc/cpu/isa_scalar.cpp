@@ -10,6 +10,8 @@ namespace fastgpt {
 namespace scalar {
 #include "vec.h"
 #include "cross_entropy.inl.h"
+#include "gemm.h"
+#include "attention.inl.h"
 #include "table.inl.h"
 }  // namespace scalar
 }  // namespace fastgpt

@@ -38,6 +38,61 @@ struct CrossEntropyBackward {
   bool stream;        // write around the caches: the gradient is larger than they are
 };
 
+// ---- attention ----
+
+// A tensor (B, heads, N, columns) of unit innermost stride; the others in elements.
+template <class Void>
+struct Heads {
+  Void* data;
+  int64_t batch, head, row;
+};
+
+enum MaskKind { kNoMask, kBoolMask, kStorageMask, kAccumulatorMask };
+
+// (B, query heads, L, S), any stride may be 0: which keys a query may look at, or what is added to
+// the scores, of the storage or the accumulator type.
+struct AttentionMask {
+  MaskKind kind;
+  const void* data;
+  int64_t batch, head, row, column;  // strides in elements
+};
+
+struct Attention {
+  int64_t batch, query_heads, heads, queries, keys, head_dim, value_dim;
+  bool causal;  // query i looks at keys j <= i
+  double scale;
+  AttentionMask mask;
+  Heads<const void> query, key, value;  // the storage type; query_heads is a multiple of heads
+};
+
+struct AttentionForward : Attention {
+  Heads<void> output;  // the storage type
+  void* row_max;       // (B, query_heads, L) accumulator type: m = max_j of the scores
+  void* row_sum;       // the same: sum_j exp(score_j - m); both 0 for a row that sees no key
+};
+
+struct AttentionBackward : Attention {
+  Heads<const void> grad_output, output;
+  const void* row_max;
+  const void* row_sum;
+  Heads<void> grad_query, grad_key, grad_value;
+};
+
+// What a call needs and falls into. The tasks of one phase may run in any order and at once, each
+// with a scratch of its own; the phases follow one another. How many there are depends on the shape
+// alone, so any number of threads gives the same bits.
+struct AttentionPlan {
+  int64_t workspace_bytes;  // shared by all phases
+  int64_t scratch_bytes;    // of a task
+  int64_t tasks[3];         // of each phase
+};
+
+template <class Arguments>
+struct AttentionKernel {
+  AttentionPlan (*plan)(const Arguments&);
+  void (*run)(const Arguments&, int phase, int64_t task, void* workspace, void* scratch);
+};
+
 // Each kernel does the rows [begin, end) and touches no others, so any split over threads gives the
 // same bits.
 template <class Arguments>
@@ -47,6 +102,8 @@ struct Kernels {
   const char* isa;
   Kernel<CrossEntropyForward> cross_entropy_forward[kDTypes];
   Kernel<CrossEntropyBackward> cross_entropy_backward[kDTypes];
+  AttentionKernel<AttentionForward> attention_forward[kDTypes];
+  AttentionKernel<AttentionBackward> attention_backward[kDTypes];
 };
 
 // The tables, one per ISA file; those of another architecture do not exist.

@@ -82,6 +82,11 @@ inline fp16 narrow<fp16>(float x) {
   return fp16{uint16_t(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
+// Two neighbours along the sum of a dot product, as the bf16 instructions want them.
+struct bf16_pair {
+  bf16 part[2];
+};
+
 // ---- a register ----
 
 template <class A>
@@ -141,6 +146,13 @@ static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 }
 // The second operand where either is NaN.
 static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline Vec<float> where_equal(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<float> no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), no.v, yes.v)};
+}
+static inline Vec<float> where(const uint8_t* p, Vec<float> yes, Vec<float> no) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), no.v, yes.v)};
+}
 static inline Vec<float> round(Vec<float> a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -176,6 +188,14 @@ static inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm512_fmadd_pd(a.v, b.v, c.v)};
 }
 static inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm512_max_pd(a.v, b.v)}; }
+static inline Vec<double> where_equal(Vec<double> a, Vec<double> b, Vec<double> yes,
+                                      Vec<double> no) {
+  return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ), no.v, yes.v)};
+}
+static inline Vec<double> where(const uint8_t* p, Vec<double> yes, Vec<double> no) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_mask_blend_pd(__mmask8(_mm_test_epi8_mask(bytes, bytes)), no.v, yes.v)};
+}
 static inline Vec<double> round(Vec<double> a) {
   return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -245,6 +265,14 @@ static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 }
 static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline Vec<float> where_equal(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<float> no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ))};
+}
+static inline Vec<float> where(const uint8_t* p, Vec<float> yes, Vec<float> no) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m256i zero = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_setzero_si256());
+  return {_mm256_blendv_ps(yes.v, no.v, _mm256_castsi256_ps(zero))};
+}
 static inline Vec<float> round(Vec<float> a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -292,6 +320,17 @@ static inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm256_fmadd_pd(a.v, b.v, c.v)};
 }
 static inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.v, b.v)}; }
+static inline Vec<double> where_equal(Vec<double> a, Vec<double> b, Vec<double> yes,
+                                      Vec<double> no) {
+  return {_mm256_blendv_pd(no.v, yes.v, _mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ))};
+}
+static inline Vec<double> where(const uint8_t* p, Vec<double> yes, Vec<double> no) {
+  int32_t four;
+  memcpy(&four, p, sizeof(four));
+  const __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+  const __m256i zero = _mm256_cmpeq_epi64(wide, _mm256_setzero_si256());
+  return {_mm256_blendv_pd(yes.v, no.v, _mm256_castsi256_pd(zero))};
+}
 static inline Vec<double> round(Vec<double> a) {
   return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -335,6 +374,8 @@ struct Vec {
   // Two roundings: a library call for the one of a true fma would cost more than it is worth here.
   friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  friend Vec where_equal(Vec a, Vec b, Vec yes, Vec no) { return a.v == b.v ? yes : no; }
+  friend Vec where(const uint8_t* p, Vec yes, Vec no) { return *p ? yes : no; }
   // To even by the constant that pushes the fraction out of the significand; |a| is small here.
   friend Vec round(Vec a) {
     constexpr A shift = sizeof(A) == 4 ? A(0x1.8p23) : A(0x1.8p52);
@@ -351,6 +392,55 @@ static inline void stream_fence() {}
 #endif
 
 // ---- for every instruction set ----
+
+// Operands of a sum of products (gemm.h): a register of them, and what a matrix of T is stored as
+// there. One operand holds `terms` numbers along the sum.
+template <class E>
+struct Operand {
+  static constexpr int terms = 1;
+  using Register = Vec<E>;
+  static Register load(const E* p) { return Register::load(p); }
+  static Register all(E x) { return Register::all(x); }
+};
+static inline float term(float x, int) { return x; }
+static inline double term(double x, int) { return x; }
+
+template <class T>
+struct operand {
+  using type = acc_t<T>;
+};
+template <class T>
+using operand_t = typename operand<T>::type;
+
+#if defined(FASTGPT_AVX512_BF16)
+template <>
+struct Operand<bf16_pair> {
+  static constexpr int terms = 2;
+  struct Register {
+    __m512i v;
+  };
+  static Register load(const bf16_pair* p) { return {_mm512_loadu_si512(p)}; }
+  static Register all(bf16_pair x) { return {_mm512_set1_epi32(bit_cast<int32_t>(x))}; }
+};
+static inline float term(bf16_pair x, int i) { return widen(x.part[i]); }
+
+template <>
+struct operand<bf16> {
+  using type = bf16_pair;
+};
+
+// c + the sum over both parts of a * b. Products and sum are in float; subnormals count as zero.
+static inline Vec<float> fma(Operand<bf16_pair>::Register a, Operand<bf16_pair>::Register b,
+                             Vec<float> c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+
+static inline void store_pairs(Vec<float> first, Vec<float> second, bf16_pair* p) {
+  const __m512i low = _mm512_cvtepu16_epi32(first.to_bf16());
+  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second.to_bf16()), 16);
+  _mm512_storeu_si512(p, _mm512_or_si512(low, high));
+}
+#endif
 
 // The first `n` numbers at `p`, and `fill` in the lanes behind them.
 template <class A, class T>

@@ -13,9 +13,11 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastgpt.dispatch import NOT_IMPLEMENTED, Cell, nested_forward_levels, register
+from fastgpt.ops.attention import AttentionCall, scores_shape
 from fastgpt.ops.cross_entropy import CrossEntropyCall, class_rows
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 512  # a tile of it and its gradients still fits the caches
 
 
 def build_record() -> dict[str, Any]:
@@ -72,16 +74,49 @@ def _covers_cross_entropy(call: CrossEntropyCall) -> str:
         return "class weights"
     if call.label_smoothing > 0:
         return "label smoothing"
-    if call.logits.dtype not in DTYPES:
-        return f"logits of type {call.logits.dtype}"
-    if is_traceable_wrapper_subclass(call.logits):
-        return f"a tensor subclass, {type(call.logits).__name__}"
-    if call.logits.layout != torch.strided:
-        return f"logits of layout {call.logits.layout}"
+    reason = _covers_tensor("logits", call.logits)
+    if reason:
+        return reason
     if call.logits.shape[1] == 0:
         return "no classes"
     if class_rows(call.logits) is None:
         return "strides: the classes of a row do not lie together, or the rows at no one distance"
+    return _covers_transforms()
+
+
+def _covers_attention(call: AttentionCall) -> str:
+    if call.dropout_p > 0:
+        return "dropout"
+    for name, x in (("query", call.query), ("key", call.key), ("value", call.value)):
+        reason = _covers_tensor(name, x)
+        if reason:
+            return reason
+        if x.numel() == 0:
+            return f"an empty {name}"
+        if x.shape[-1] > MAX_HEAD_DIM:
+            return f"a head_dim of {x.shape[-1]}, above {MAX_HEAD_DIM}"
+    mask = call.attn_mask
+    if mask is not None:
+        if mask.requires_grad and torch.is_grad_enabled():
+            return "a gradient of attn_mask"
+        if is_traceable_wrapper_subclass(mask):
+            return f"a tensor subclass, {type(mask).__name__}"
+        if scores_shape(call) != scores_shape(call._replace(attn_mask=None)):
+            return "an attn_mask that is larger than the scores"
+    return _covers_transforms()
+
+
+def _covers_tensor(name: str, x: torch.Tensor) -> str:
+    if x.dtype not in DTYPES:
+        return f"{name} of type {x.dtype}"
+    if is_traceable_wrapper_subclass(x):
+        return f"a tensor subclass, {type(x).__name__}"
+    if x.layout != torch.strided:
+        return f"{name} of layout {x.layout}"
+    return ""
+
+
+def _covers_transforms() -> str:
     if nested_forward_levels() > 1:
         return "nested forward-mode levels, in which torch loses a custom function's second tangent"
     return ""
@@ -89,5 +124,5 @@ def _covers_cross_entropy(call: CrossEntropyCall) -> str:
 
 register(Cell("cross_entropy", "native", "cpu", _reason, _covers_cross_entropy))
 register(Cell("cross_entropy", "native", "cuda", NOT_IMPLEMENTED))
-register(Cell("scaled_dot_product_attention", "native", "cpu", NOT_IMPLEMENTED))
+register(Cell("scaled_dot_product_attention", "native", "cpu", _reason, _covers_attention))
 register(Cell("scaled_dot_product_attention", "native", "cuda", NOT_IMPLEMENTED))

@@ -21,17 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-
-class Launcher(NamedTuple):
-    """A backend's two raw operators, with the signatures that `define` gives them."""
-
-    forward: Any
-    backward: Any
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which a row is summed and its loss returned: float64 for itself, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from fastgpt.ops.raw import Launcher, accumulator_dtype, fold
 
 
 # ---- the call ----
@@ -129,17 +119,6 @@ def _backward_fake(
     return logits.new_empty(logits.shape)
 
 
-def _fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """A batch of problems as one problem with batch_size times as many rows."""
-
-    def batched(x: Tensor, dim: int | None) -> Tensor:
-        if dim is None:
-            return x.unsqueeze(0).expand(info.batch_size, *x.shape)
-        return x.movedim(dim, 0)
-
-    return [batched(x, dim).flatten(0, 1) for x, dim in zip(tensors, in_dims, strict=True)]
-
-
 def define(namespace: str) -> Launcher:
     """Define a backend's raw operators in `namespace`; its kernels are registered elsewhere."""
     forward, backward = (
@@ -164,12 +143,12 @@ def define(namespace: str) -> Launcher:
     torch.library.register_fake(backward, _backward_fake)
 
     def forward_vmap(info, in_dims, logits, target, ignore_index):  # type: ignore[no-untyped-def]
-        folded = _fold(info, in_dims[:2], (logits, target))
+        folded = fold(info, in_dims[:2], (logits, target))
         outputs = launcher.forward(*folded, ignore_index)
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0, 0)
 
     def backward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
-        folded = _fold(info, in_dims[:5], inputs[:5])
+        folded = fold(info, in_dims[:5], inputs[:5])
         return launcher.backward(*folded, inputs[5]).unflatten(0, (info.batch_size, -1)), 0
 
     torch.library.register_vmap(forward, forward_vmap)

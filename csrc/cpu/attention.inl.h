@@ -1,0 +1,728 @@
+// Scaled dot-product attention and its gradient in tiles, for any instruction set.
+//
+// For a query row q_i, keys k_j and values v_j, with the mask's b_ij (0 or -inf if it is boolean):
+//
+//   x_ij = scale <q_i, k_j> + b_ij    m_i = max_j x_ij    l_i = sum_j exp(x_ij - m_i)
+//   p_ij = exp(x_ij - m_i) / l_i      o_i = sum_j p_ij v_j
+//
+// and backward, for an upstream gradient g_i of o_i:
+//
+//   dp_ij = <g_i, v_j>        delta_i = sum_j p_ij dp_ij = <g_i, o_i>
+//   ds_ij = p_ij (dp_ij - delta_i)
+//   dv_j = sum_i p_ij g_i     dq_i = scale sum_j ds_ij k_j     dk_j = scale sum_i ds_ij q_i
+//
+// The forward walks the keys of a block of queries with a running maximum (Milakov and Gimelshein
+// 2018; Dao et al., "FlashAttention", 2022). The backward recomputes p from the saved m and l, and
+// walks the queries of a tile of keys (Dao, "FlashAttention-2", 2023): dk and dv stay in the
+// caches, and dq is summed over the tiles in a fixed order. Nothing of size L x S exists.
+//
+// FLOPs, of the pairs (i, j) that are allowed: 4 D per pair forward, 10 D backward. A causal mask
+// is followed to 6 queries by one register of keys; beyond that nothing is computed.
+
+constexpr int64_t kQueryBlock = 48;  // a multiple of Tile::rows
+constexpr int64_t kKeyTile = 192;    // a multiple of every panel
+
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- packing ----
+
+// n numbers as operands along the sum, the last pair filled up with zero.
+template <class T>
+static inline void copy_row(const T* x, int64_t n, acc_t<T>* out) {
+  using V = Vec<acc_t<T>>;
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) V::load(x + i).store(out + i);
+  for (; i < n; ++i) out[i] = widen(x[i]);
+}
+
+static inline void copy_row(const bf16* x, int64_t n, bf16_pair* out) {
+  memcpy(static_cast<void*>(out), x, size_t(n) * sizeof(bf16));
+  if (n % 2 != 0) out[n / 2].part[1] = bf16{0};
+}
+
+// One row of B for `copy_row`'s A, or two: `padded` columns, zeros behind the n that there are.
+template <class T>
+static inline void copy_row_of_b(const T* x, const T*, int64_t n, int64_t padded, acc_t<T>* out) {
+  copy_row(x, n, out);
+  for (int64_t i = n; i < padded; ++i) out[i] = 0;
+}
+
+#if defined(FASTGPT_AVX512_BF16)
+static inline void copy_row_of_b(const bf16* first, const bf16* second, int64_t n, int64_t padded,
+                                 bf16_pair* out) {
+  using V = Vec<float>;
+  const auto part = [&](const bf16* x, int64_t i) {
+    if (x == nullptr) return V::all(0);
+    return i + V::width <= n ? V::load(x + i) : load_partial<float>(x + i, int(n - i), 0.0f);
+  };
+  for (int64_t i = 0; i < padded; i += V::width) store_pairs(part(first, i), part(second, i), out + i);
+}
+#endif
+
+template <class T>
+static inline bool all_finite(const T* x, int64_t n) {
+  using V = Vec<acc_t<T>>;
+  V zero = V::all(0);  // times a finite number it stays zero, and else turns into NaN
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) zero = fma(V::load(x + i), V::all(0), zero);
+  acc_t<T> rest = zero.reduce_add();
+  for (; i < n; ++i) rest += widen(x[i]) * 0;
+  return rest == 0;
+}
+
+template <class A, class T>
+static inline A dot(const T* x, const T* y, int64_t n) {
+  using V = Vec<A>;
+  V sum = V::all(0);
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) sum = fma(V::load(x + i), V::load(y + i), sum);
+  A rest = sum.reduce_add();
+  for (; i < n; ++i) rest += widen(x[i]) * widen(y[i]);
+  return rest;
+}
+
+// ---- the tiles of one call ----
+
+template <class T>
+struct Tiling {
+  using A = acc_t<T>;
+  using E = operand_t<T>;
+  static constexpr int64_t width = Vec<A>::width;
+  static constexpr int64_t panel = Tile::registers * width;  // columns of B that lie together
+  static constexpr int64_t terms = Operand<E>::terms;
+  static_assert(kKeyTile % panel == 0 && kQueryBlock % Tile::rows == 0 && kQueryBlock % 2 == 0, "");
+
+  int64_t depth, value_depth;        // operands along head_dim and value_dim
+  int64_t columns, value_columns;    // head_dim and value_dim in whole registers
+  int64_t key_tiles, query_blocks;
+
+  explicit Tiling(const Attention& a)
+      : depth(ceil_div(a.head_dim, terms)),
+        value_depth(ceil_div(a.value_dim, terms)),
+        columns(round_up(a.head_dim, width)),
+        value_columns(round_up(a.value_dim, width)),
+        key_tiles(ceil_div(a.keys, kKeyTile)),
+        query_blocks(ceil_div(a.queries, kQueryBlock)) {}
+
+  // A matrix of `rows` rows as the A of a product along its columns, and as the B of one along its
+  // rows or, transposed, along its columns: (rows, depth), (rows / terms, columns) and
+  // (rows / panel, depth, panel).
+  static void pack_a(const T* x, int64_t row_stride, int64_t rows, int64_t n, E* out) {
+    for (int64_t r = 0; r < rows; ++r) copy_row(x + r * row_stride, n, out + r * ceil_div(n, terms));
+  }
+  static void pack_b(const T* x, int64_t row_stride, int64_t rows, int64_t n, E* out) {
+    const int64_t padded = round_up(n, width);
+    for (int64_t r = 0; r < rows; r += terms) {
+      const T* first = x + r * row_stride;
+      const T* second = r + 1 < rows ? first + row_stride : nullptr;
+      copy_row_of_b(first, second, n, padded, out + r / terms * padded);
+    }
+  }
+  static void pack_transposed_b(const T* x, int64_t row_stride, int64_t rows, int64_t n, E* out) {
+    constexpr int64_t most = 64;  // operands of a row at a time
+    const int64_t depth = ceil_div(n, terms);
+    for (int64_t start = 0; start < rows; start += panel, out += depth * panel) {
+      for (int64_t d = 0; d < depth; d += most) {
+        const int64_t some = smaller(most, depth - d);
+        for (int64_t j = 0; j < panel; ++j) {
+          E row[most] = {};
+          if (start + j < rows) {
+            copy_row(x + (start + j) * row_stride + d * terms, smaller(n - d * terms, most * terms),
+                     row);
+          }
+          for (int64_t i = 0; i < some; ++i) out[(d + i) * panel + j] = row[i];
+        }
+      }
+    }
+  }
+};
+
+// Cuts a block of memory into arrays, each on a cache line of its own; with a null base it only
+// counts.
+struct Carver {
+  char* base;
+  int64_t used = 0;
+
+  template <class X>
+  X* take(int64_t count) {
+    X* p = reinterpret_cast<X*>(base + used);
+    used += round_up(count * int64_t(sizeof(X)), 64);
+    return p;
+  }
+};
+
+
+template <class T>
+static inline const T* at(const Heads<const void>& x, int64_t b, int64_t h, int64_t row) {
+  return static_cast<const T*>(x.data) + b * x.batch + h * x.head + row * x.row;
+}
+template <class T>
+static inline T* at(const Heads<void>& x, int64_t b, int64_t h, int64_t row) {
+  return static_cast<T*>(x.data) + b * x.batch + h * x.head + row * x.row;
+}
+
+// How many of the `n` keys from `key` on a query may look at, as far as causality goes.
+static inline int64_t visible_keys(const Attention& a, int64_t query, int64_t key, int64_t n) {
+  return a.causal ? larger(0, smaller(n, query + 1 - key)) : n;
+}
+
+// ---- scores ----
+
+// x = scale s + b for a register of products s, from the mask's lanes.
+template <class A>
+static inline Vec<A> masked(Vec<A> s, Vec<A> scale, const uint8_t* allowed) {
+  return where(allowed, s * scale, Vec<A>::all(A(-INFINITY)));
+}
+template <class A, class M>
+static inline Vec<A> masked(Vec<A> s, Vec<A> scale, const M* bias) {
+  const Vec<A> b = Vec<A>::load(bias), lowest = Vec<A>::all(A(-INFINITY));
+  return where_equal(b, lowest, lowest, fma(s, scale, b));  // -inf hides a score of NaN, too
+}
+
+// Turns a row's n products into scores, and fills the register that n ends in with -inf.
+template <class A, class M>
+static void score_row(A* s, int64_t n, A scale, const M* mask, int64_t column) {
+  using V = Vec<A>;
+  constexpr int64_t width = V::width;
+  const V factor = V::all(scale);
+  for (int64_t j = 0; j < n; j += width) {
+    const M* lanes = mask + j * column;
+    M gathered[width] = {};
+    if (column != 1 || j + width > n) {
+      for (int64_t i = 0; i < width && j + i < n; ++i) gathered[i] = lanes[i * column];
+      lanes = gathered;
+    }
+    masked(V::load(s + j), factor, lanes).store(s + j);
+  }
+  for (int64_t j = n; j % width != 0; ++j) s[j] = A(-INFINITY);
+}
+
+template <class T>
+static void score_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t j, int64_t n,
+                      acc_t<T>* s) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const A scale = A(a.scale);
+  const AttentionMask& mask = a.mask;
+  const int64_t start = b * mask.batch + h * mask.head + i * mask.row + j * mask.column;
+  switch (mask.kind) {
+    case kNoMask: {
+      for (int64_t k = 0; k < n; k += V::width) (V::load(s + k) * V::all(scale)).store(s + k);
+      for (int64_t k = n; k % V::width != 0; ++k) s[k] = A(-INFINITY);
+      break;
+    }
+    case kBoolMask:
+      score_row(s, n, scale, static_cast<const uint8_t*>(mask.data) + start, mask.column);
+      break;
+    case kStorageMask:
+      score_row(s, n, scale, static_cast<const T*>(mask.data) + start, mask.column);
+      break;
+    case kAccumulatorMask:
+      score_row(s, n, scale, static_cast<const A*>(mask.data) + start, mask.column);
+      break;
+  }
+}
+
+// The products of the rows of `a` with the keys of one tile: s (rows, kKeyTile), as far as each
+// group of Tile::rows queries sees.
+template <class T>
+static void products(const Attention& x, int64_t query, int64_t rows, int64_t key, int64_t n,
+                     const operand_t<T>* a, int64_t a_row, const operand_t<T>* b, int64_t depth,
+                     acc_t<T>* s) {
+  using L = Tiling<T>;
+  for (int64_t start = 0; start < n; start += L::panel, b += depth * L::panel) {
+    for (int64_t r = 0; r < rows; r += Tile::rows) {
+      const int64_t some = smaller(Tile::rows, rows - r);
+      const int64_t seen = visible_keys(x, query + r + some - 1, key, n) - start;
+      if (seen <= 0) continue;
+      const int registers = int(ceil_div(smaller(seen, L::panel), L::width));
+      product<operand_t<T>>({depth, a + r * a_row, a_row, 1, b, L::panel, s + r * kKeyTile + start,
+                             kKeyTile, Into::kFresh, nullptr},
+                            int(some), registers);
+    }
+  }
+}
+
+// A register of weights at column j of a row, as the A of the next product.
+template <class A>
+static inline void store_weights(Vec<A> x, A* row, int64_t j) {
+  x.store(row + j);
+}
+static inline void store_weights(Vec<float> x, bf16_pair* row, int64_t j) {
+  x.store(row[j / 2].part);
+}
+
+template <class T>
+static inline void store_row(const acc_t<T>* x, acc_t<T> factor, int64_t n, T* out) {
+  using V = Vec<acc_t<T>>;
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) (V::load(x + i) * V::all(factor)).store(out + i);
+  for (; i < n; ++i) out[i] = narrow<T>(x[i] * factor);
+}
+
+// ---- forward ----
+
+template <class T>
+struct ForwardMemory {
+  using L = Tiling<T>;
+  using A = typename L::A;
+  using E = typename L::E;
+
+  // Of a tile of keys: K transposed, V, and whether V is finite.
+  E *keys, *values;
+  uint8_t* finite;
+  // Of a block of queries.
+  E *query, *weights;
+  A *scores, *output, *row_max, *row_sum, *factor;
+
+  int64_t workspace_bytes, scratch_bytes;
+
+  ForwardMemory(const Attention& a, const L& l, void* workspace, void* scratch) {
+    Carver shared{static_cast<char*>(workspace)}, own{static_cast<char*>(scratch)};
+    const int64_t tiles = a.batch * a.heads * l.key_tiles;
+    keys = shared.take<E>(tiles * kKeyTile * l.depth);
+    values = shared.take<E>(tiles * kKeyTile / L::terms * l.value_columns);
+    finite = shared.take<uint8_t>(tiles);
+    query = own.take<E>(kQueryBlock * l.depth);
+    scores = own.take<A>(kQueryBlock * kKeyTile);
+    weights = L::terms == 1 ? reinterpret_cast<E*>(scores)
+                            : own.take<E>(kQueryBlock * kKeyTile / L::terms);
+    output = own.take<A>(kQueryBlock * l.value_columns);
+    row_max = own.take<A>(kQueryBlock);
+    row_sum = own.take<A>(kQueryBlock);
+    factor = own.take<A>(kQueryBlock);
+    workspace_bytes = shared.used;
+    scratch_bytes = own.used;
+  }
+};
+
+template <class T>
+static void pack_forward(const AttentionForward& a, const Tiling<T>& l, const ForwardMemory<T>& to,
+                         int64_t task) {
+  using L = Tiling<T>;
+  const int64_t head = task / l.key_tiles, key = task % l.key_tiles * kKeyTile;
+  const int64_t b = head / a.heads, h = head % a.heads, n = smaller(kKeyTile, a.keys - key);
+  const T* value = at<T>(a.value, b, h, key);
+  L::pack_transposed_b(at<T>(a.key, b, h, key), a.key.row, n, a.head_dim,
+                       to.keys + task * kKeyTile * l.depth);
+  L::pack_b(value, a.value.row, n, a.value_dim,
+            to.values + task * (kKeyTile / L::terms) * l.value_columns);
+  bool finite = true;
+  for (int64_t j = 0; j < n; ++j) finite &= all_finite(value + j * a.value.row, a.value_dim);
+  to.finite[task] = finite;
+}
+
+// One row's scores of a tile to unnormalised weights, zeros from n up to `padded`, and the running
+// maximum and sum.
+template <class A, class E>
+static void softmax_row(const A* s, int64_t n, int64_t padded, E* weights, A& m, A& sum,
+                        A& factor) {
+  using V = Vec<A>;
+  constexpr int64_t width = V::width;
+  V top = V::all(A(-INFINITY));
+  for (int64_t j = 0; j < n; j += width) top = max(top, V::load(s + j));
+  const A tile_max = top.reduce_max(), before = m;
+  if (!(tile_max <= m)) m = tile_max;
+  // Anything finite will do while all that was seen is -inf.
+  const A shift = m == A(-INFINITY) ? A(0) : m;
+  factor = before == m ? A(1) : exp(Vec<A>::all(before - shift)).reduce_max();
+  V part = V::all(0);
+  int64_t j = 0;
+  for (; j < n; j += width) {
+    const V w = exp(V::load(s + j) - V::all(shift));
+    store_weights(w, weights, j);
+    part = part + w;
+  }
+  for (; j < padded; j += width) store_weights(V::all(0), weights, j);
+  sum = sum * factor + part.reduce_add();
+}
+
+template <class T>
+static void forward_block(const AttentionForward& a, const Tiling<T>& l, const ForwardMemory<T>& to,
+                          int64_t task) {
+  using L = Tiling<T>;
+  using A = typename L::A;
+  using E = typename L::E;
+  // The last block first: under a causal mask it is the longest.
+  const int64_t head = task / l.query_blocks;
+  const int64_t query = (l.query_blocks - 1 - task % l.query_blocks) * kQueryBlock;
+  const int64_t b = head / a.query_heads, h = head % a.query_heads;
+  const int64_t rows = smaller(kQueryBlock, a.queries - query);
+  const int64_t kv_head = b * a.heads + h / (a.query_heads / a.heads);
+  const int64_t registers = l.value_columns / L::width;
+
+  L::pack_a(at<T>(a.query, b, h, query), a.query.row, rows, a.head_dim, to.query);
+  for (int64_t r = 0; r < rows; ++r) {
+    to.row_max[r] = A(-INFINITY);
+    to.row_sum[r] = 0;
+  }
+  const int64_t seen = visible_keys(a, query + rows - 1, 0, a.keys);
+  for (int64_t key = 0; key < seen; key += kKeyTile) {
+    const int64_t tile = kv_head * l.key_tiles + key / kKeyTile;
+    const int64_t n = smaller(kKeyTile, seen - key);
+    products<T>(a, query, rows, key, n, to.query, l.depth, to.keys + tile * kKeyTile * l.depth,
+                l.depth, to.scores);
+    for (int64_t r = 0; r < rows; r += Tile::rows) {
+      const int64_t some = smaller(Tile::rows, rows - r);
+      const int64_t sum_over = visible_keys(a, query + r + some - 1, key, n);
+      if (sum_over == 0) continue;
+      for (int64_t i = r; i < r + some; ++i) {
+        const int64_t visible = visible_keys(a, query + i, key, n);
+        A* s = to.scores + i * kKeyTile;
+        score_row<T>(a, b, h, query + i, key, visible, s);
+        softmax_row(s, visible, sum_over, to.weights + i * (kKeyTile / L::terms), to.row_max[i],
+                    to.row_sum[i], to.factor[i]);
+      }
+      const Product<E> x{ceil_div(sum_over, L::terms),
+                         to.weights + r * (kKeyTile / L::terms),
+                         kKeyTile / L::terms,
+                         1,
+                         to.values + tile * (kKeyTile / L::terms) * l.value_columns,
+                         l.value_columns,
+                         to.output + r * l.value_columns,
+                         l.value_columns,
+                         key == 0 ? Into::kFresh : Into::kScaledSum,
+                         to.factor + r};
+      wide_product(x, int(some), registers, to.finite[tile]);
+    }
+  }
+  A* row_max = static_cast<A*>(a.row_max) + head * a.queries + query;
+  A* row_sum = static_cast<A*>(a.row_sum) + head * a.queries + query;
+  for (int64_t r = 0; r < rows; ++r) {
+    const A sum = to.row_sum[r];
+    store_row(to.output + r * l.value_columns, sum == 0 ? A(0) : 1 / sum, a.value_dim,
+              at<T>(a.output, b, h, query + r));
+    row_max[r] = sum == 0 ? A(0) : to.row_max[r];
+    row_sum[r] = sum;
+  }
+}
+
+template <class T>
+static AttentionPlan plan_forward(const AttentionForward& a) {
+  const Tiling<T> l(a);
+  const ForwardMemory<T> memory(a, l, nullptr, nullptr);
+  return {memory.workspace_bytes,
+          memory.scratch_bytes,
+          {a.batch * a.heads * l.key_tiles, a.batch * a.query_heads * l.query_blocks, 0}};
+}
+
+template <class T>
+static void run_forward(const AttentionForward& a, int phase, int64_t task, void* workspace,
+                        void* scratch) {
+  const Tiling<T> l(a);
+  const ForwardMemory<T> memory(a, l, workspace, scratch);
+  (phase == 0 ? pack_forward<T> : forward_block<T>)(a, l, memory, task);
+}
+
+// ---- backward ----
+
+template <class T>
+struct BackwardMemory {
+  using L = Tiling<T>;
+  using A = typename L::A;
+  using E = typename L::E;
+
+  // Of a tile of keys: K and V transposed, K, and whether K is finite.
+  E *keys_transposed, *values_transposed, *keys;
+  uint8_t* finite_keys;
+  // Of a block of queries: Q and the upstream gradient G, as A and as B of a product; delta; and
+  // whether Q and G are finite.
+  E *query_a, *query_b, *grad_a, *grad_b;
+  int64_t query_row, grad_row;  // operands between rows of the `_a`
+  A* delta;
+  uint8_t* finite_queries;
+  // Of a block of queries and a chunk of the keys: dq.
+  A* grad_query;
+  int64_t chunks;
+
+  // The scores or weights, dp or ds of a tile; with pairs of operands, the weights and ds as pairs
+  // of queries, and ds as pairs of keys.
+  A *scores, *grad_scores;
+  E *weights_pairs, *grad_pairs, *grad_rows;
+  A *grad_key, *grad_value;
+
+  int64_t workspace_bytes, scratch_bytes;
+
+  BackwardMemory(const Attention& a, const L& l, void* workspace, void* scratch) {
+    Carver shared{static_cast<char*>(workspace)}, own{static_cast<char*>(scratch)};
+    const int64_t kv_heads = a.batch * a.heads;
+    const int64_t tiles = kv_heads * l.key_tiles;
+    const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
+    keys_transposed = shared.take<E>(tiles * kKeyTile * l.depth);
+    values_transposed = shared.take<E>(tiles * kKeyTile * l.value_depth);
+    keys = shared.take<E>(tiles * (kKeyTile / L::terms) * l.columns);
+    finite_keys = shared.take<uint8_t>(tiles);
+    query_b = shared.take<E>(blocks * (kQueryBlock / L::terms) * l.columns);
+    grad_b = shared.take<E>(blocks * (kQueryBlock / L::terms) * l.value_columns);
+    if (L::terms == 1) {
+      query_a = query_b;
+      grad_a = grad_b;
+      query_row = l.columns;
+      grad_row = l.value_columns;
+    } else {
+      query_a = shared.take<E>(blocks * kQueryBlock * l.depth);
+      grad_a = shared.take<E>(blocks * kQueryBlock * l.value_depth);
+      query_row = l.depth;
+      grad_row = l.value_depth;
+    }
+    delta = shared.take<A>(blocks * kQueryBlock);
+    finite_queries = shared.take<uint8_t>(blocks);
+    // Enough tasks for many threads when there are few heads; each chunk costs a dq.
+    chunks = smaller(larger(1, smaller(8, ceil_div(16, kv_heads))), l.key_tiles);
+    grad_query = shared.take<A>(chunks * blocks * kQueryBlock * l.columns);
+
+    scores = own.take<A>(kQueryBlock * kKeyTile);
+    grad_scores = own.take<A>(kQueryBlock * kKeyTile);
+    if (L::terms == 1) {
+      weights_pairs = reinterpret_cast<E*>(scores);
+      grad_pairs = grad_rows = reinterpret_cast<E*>(grad_scores);
+    } else {
+      weights_pairs = own.take<E>(kQueryBlock / L::terms * kKeyTile);
+      grad_pairs = own.take<E>(kQueryBlock / L::terms * kKeyTile);
+      grad_rows = own.take<E>(kQueryBlock * kKeyTile / L::terms);
+    }
+    grad_key = own.take<A>(kKeyTile * l.columns);
+    grad_value = own.take<A>(kKeyTile * l.value_columns);
+    workspace_bytes = shared.used;
+    scratch_bytes = own.used;
+  }
+};
+
+template <class T>
+static void pack_key_tile(const AttentionBackward& a, const Tiling<T>& l,
+                          const BackwardMemory<T>& to, int64_t tile) {
+  using L = Tiling<T>;
+  const int64_t head = tile / l.key_tiles, key = tile % l.key_tiles * kKeyTile;
+  const int64_t b = head / a.heads, h = head % a.heads, n = smaller(kKeyTile, a.keys - key);
+  const T* keys = at<T>(a.key, b, h, key);
+  L::pack_transposed_b(keys, a.key.row, n, a.head_dim,
+                       to.keys_transposed + tile * kKeyTile * l.depth);
+  L::pack_transposed_b(at<T>(a.value, b, h, key), a.value.row, n, a.value_dim,
+                       to.values_transposed + tile * kKeyTile * l.value_depth);
+  L::pack_b(keys, a.key.row, n, a.head_dim,
+            to.keys + tile * (kKeyTile / L::terms) * l.columns);
+  bool finite = true;
+  for (int64_t j = 0; j < n; ++j) finite &= all_finite(keys + j * a.key.row, a.head_dim);
+  to.finite_keys[tile] = finite;
+}
+
+template <class T>
+static void pack_query_block(const AttentionBackward& a, const Tiling<T>& l,
+                             const BackwardMemory<T>& to, int64_t block) {
+  using L = Tiling<T>;
+  using A = typename L::A;
+  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * kQueryBlock;
+  const int64_t b = head / a.query_heads, h = head % a.query_heads;
+  const int64_t rows = smaller(kQueryBlock, a.queries - query);
+  const T* q = at<T>(a.query, b, h, query);
+  const T* grad = at<T>(a.grad_output, b, h, query);
+  L::pack_b(q, a.query.row, rows, a.head_dim,
+            to.query_b + block * (kQueryBlock / L::terms) * l.columns);
+  L::pack_b(grad, a.grad_output.row, rows, a.value_dim,
+            to.grad_b + block * (kQueryBlock / L::terms) * l.value_columns);
+  if (L::terms != 1) {
+    L::pack_a(q, a.query.row, rows, a.head_dim, to.query_a + block * kQueryBlock * l.depth);
+    L::pack_a(grad, a.grad_output.row, rows, a.value_dim,
+              to.grad_a + block * kQueryBlock * l.value_depth);
+  }
+  bool finite = true;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* g = grad + r * a.grad_output.row;
+    to.delta[block * kQueryBlock + r] = dot<A>(g, at<T>(a.output, b, h, query + r), a.value_dim);
+    finite &= all_finite(q + r * a.query.row, a.head_dim) && all_finite(g, a.value_dim);
+  }
+  to.finite_queries[block] = finite;
+}
+
+// One row's scores and dp of a tile to the weights p and ds; zeros from n up to `padded`.
+template <class A>
+static void gradient_row(A* s, A* dp, int64_t n, int64_t padded, A m, A inverse, A delta) {
+  using V = Vec<A>;
+  constexpr int64_t width = V::width;
+  const V zero = V::all(0);
+  int64_t j = 0;
+  for (; j < n; j += width) {
+    const V p = exp(V::load(s + j) - V::all(m)) * V::all(inverse);
+    // Not p * dp where p is 0: the value it belongs to may be NaN.
+    const V ds = where_equal(p, zero, zero, p * (V::load(dp + j) - V::all(delta)));
+    p.store(s + j);
+    ds.store(dp + j);
+  }
+  for (; j < padded; j += width) {
+    zero.store(s + j);
+    zero.store(dp + j);
+  }
+}
+
+// Weights as operands of a product along the queries (pairs of rows) or along the keys (pairs
+// within a row). Where an operand is one number they are that already.
+template <class A>
+static inline void pair_rows(const A*, bool, int64_t, A*) {}
+template <class A>
+static inline void pair_columns(const A*, int64_t, A*) {}
+
+#if defined(FASTGPT_AVX512_BF16)
+// The row at `x` and, if there is one, the row below it.
+static inline void pair_rows(const float* x, bool second, int64_t n, bf16_pair* out) {
+  using V = Vec<float>;
+  for (int64_t j = 0; j < n; j += V::width) {
+    store_pairs(V::load(x + j), second ? V::load(x + kKeyTile + j) : V::all(0), out + j);
+  }
+}
+static inline void pair_columns(const float* x, int64_t n, bf16_pair* out) {
+  for (int64_t j = 0; j < n; j += Vec<float>::width) {
+    store_weights(Vec<float>::load(x + j), out, j);
+  }
+}
+#endif
+
+// What one tile of keys and one block of queries give each other.
+template <class T>
+static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
+                          const BackwardMemory<T>& to, int64_t tile, int64_t head, int64_t block,
+                          typename Tiling<T>::A* grad_query) {
+  using L = Tiling<T>;
+  using A = typename L::A;
+  using E = typename L::E;
+  const int64_t key = tile % l.key_tiles * kKeyTile;
+  const int64_t query = block % l.query_blocks * kQueryBlock;
+  const int64_t b = head / a.query_heads, h = head % a.query_heads;
+  const int64_t rows = smaller(kQueryBlock, a.queries - query);
+  const int64_t n = visible_keys(a, query + rows - 1, key, smaller(kKeyTile, a.keys - key));
+  if (n == 0) return;
+
+  products<T>(a, query, rows, key, n, to.query_a + block * kQueryBlock * to.query_row,
+              to.query_row, to.keys_transposed + tile * kKeyTile * l.depth, l.depth, to.scores);
+  products<T>(a, query, rows, key, n, to.grad_a + block * kQueryBlock * to.grad_row, to.grad_row,
+              to.values_transposed + tile * kKeyTile * l.value_depth, l.value_depth,
+              to.grad_scores);
+
+  const A* row_max = static_cast<const A*>(a.row_max) + head * a.queries + query;
+  const A* row_sum = static_cast<const A*>(a.row_sum) + head * a.queries + query;
+  const A* delta = to.delta + block * kQueryBlock;
+  constexpr int64_t pairs = kKeyTile / L::terms;
+  for (int64_t r = 0; r < rows; r += L::terms) {
+    const int64_t end = smaller(r + L::terms, rows);
+    // The products below read up to Tile::rows beyond what a query sees.
+    const int64_t padded = smaller(n, visible_keys(a, query + end - 1, key, n) + Tile::rows + 1);
+    for (int64_t i = r; i < end; ++i) {
+      A *s = to.scores + i * kKeyTile, *dp = to.grad_scores + i * kKeyTile;
+      const int64_t visible = visible_keys(a, query + i, key, n);
+      score_row<T>(a, b, h, query + i, key, visible, s);
+      gradient_row(s, dp, visible, padded, row_max[i], row_sum[i] == 0 ? A(0) : 1 / row_sum[i],
+                   delta[i]);
+      pair_columns(dp, padded, to.grad_rows + i * pairs);
+    }
+    pair_rows(to.scores + r * kKeyTile, end == r + 2, padded,
+              to.weights_pairs + r / L::terms * kKeyTile);
+    pair_rows(to.grad_scores + r * kKeyTile, end == r + 2, padded,
+              to.grad_pairs + r / L::terms * kKeyTile);
+  }
+
+  const bool finite = to.finite_keys[tile] && to.finite_queries[block];
+  const auto add = [&](const Product<E>& x, int64_t some, int64_t columns) {
+    wide_product(x, int(some), columns / L::width, finite);
+  };
+  for (int64_t j = 0; j < n; j += Tile::rows) {
+    // The queries before these keys do not see them.
+    const int64_t start = a.causal ? larger(0, key + j - query) / L::terms : 0;
+    const int64_t along = ceil_div(rows, L::terms) - start;
+    const int64_t some = smaller(Tile::rows, n - j);
+    const int64_t from = block * (kQueryBlock / L::terms) + start;
+    add({along, to.weights_pairs + start * kKeyTile + j, 1, kKeyTile,
+         to.grad_b + from * l.value_columns, l.value_columns, to.grad_value + j * l.value_columns,
+         l.value_columns, Into::kSum, nullptr},
+        some, l.value_columns);
+    add({along, to.grad_pairs + start * kKeyTile + j, 1, kKeyTile, to.query_b + from * l.columns,
+         l.columns, to.grad_key + j * l.columns, l.columns, Into::kSum, nullptr},
+        some, l.columns);
+  }
+  for (int64_t r = 0; r < rows; r += Tile::rows) {
+    const int64_t some = smaller(Tile::rows, rows - r);
+    const int64_t seen = visible_keys(a, query + r + some - 1, key, n);
+    add({ceil_div(seen, L::terms), to.grad_rows + r * pairs, pairs, 1,
+         to.keys + tile * pairs * l.columns, l.columns, grad_query + r * l.columns, l.columns,
+         Into::kSum, nullptr},
+        some, l.columns);
+  }
+}
+
+template <class T>
+static void backward_chunk(const AttentionBackward& a, const Tiling<T>& l,
+                           const BackwardMemory<T>& to, int64_t task) {
+  using A = typename Tiling<T>::A;
+  const int64_t kv_head = task / to.chunks, chunk = task % to.chunks;
+  const int64_t b = kv_head / a.heads, h = kv_head % a.heads;
+  const int64_t group = a.query_heads / a.heads;
+  const int64_t first = (b * a.query_heads + h * group) * l.query_blocks;  // of the group's blocks
+  const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
+  const int64_t block_size = kQueryBlock * l.columns;
+  A* grad_query = to.grad_query + chunk * blocks * block_size;
+  memset(grad_query + first * block_size, 0,
+         size_t(group * l.query_blocks * block_size) * sizeof(A));
+  // Every chunks-th tile: under a causal mask, early keys have more work than late ones.
+  for (int64_t t = chunk; t < l.key_tiles; t += to.chunks) {
+    const int64_t key = t * kKeyTile, n = smaller(kKeyTile, a.keys - key);
+    memset(to.grad_key, 0, size_t(n * l.columns) * sizeof(A));
+    memset(to.grad_value, 0, size_t(n * l.value_columns) * sizeof(A));
+    for (int64_t block = first; block < first + group * l.query_blocks; ++block) {
+      backward_tile(a, l, to, kv_head * l.key_tiles + t, block / l.query_blocks, block,
+                    grad_query + block * block_size);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      store_row(to.grad_key + j * l.columns, A(a.scale), a.head_dim,
+                at<T>(a.grad_key, b, h, key + j));
+      store_row(to.grad_value + j * l.value_columns, A(1), a.value_dim,
+                at<T>(a.grad_value, b, h, key + j));
+    }
+  }
+}
+
+template <class T>
+static void sum_chunks(const AttentionBackward& a, const Tiling<T>& l, const BackwardMemory<T>& to,
+                       int64_t block) {
+  using A = typename Tiling<T>::A;
+  using V = Vec<A>;
+  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * kQueryBlock;
+  const int64_t b = head / a.query_heads, h = head % a.query_heads;
+  const int64_t rows = smaller(kQueryBlock, a.queries - query);
+  const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
+  A* total = to.grad_query + block * kQueryBlock * l.columns;
+  for (int64_t chunk = 1; chunk < to.chunks; ++chunk) {
+    const A* part = total + chunk * blocks * kQueryBlock * l.columns;
+    for (int64_t i = 0; i < rows * l.columns; i += V::width) {
+      (V::load(total + i) + V::load(part + i)).store(total + i);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    store_row(total + r * l.columns, A(a.scale), a.head_dim,
+              at<T>(a.grad_query, b, h, query + r));
+  }
+}
+
+template <class T>
+static AttentionPlan plan_backward(const AttentionBackward& a) {
+  const Tiling<T> l(a);
+  const BackwardMemory<T> memory(a, l, nullptr, nullptr);
+  const int64_t tiles = a.batch * a.heads * l.key_tiles;
+  const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
+  return {memory.workspace_bytes,
+          memory.scratch_bytes,
+          {tiles + blocks, a.batch * a.heads * memory.chunks, blocks}};
+}
+
+template <class T>
+static void run_backward(const AttentionBackward& a, int phase, int64_t task, void* workspace,
+                         void* scratch) {
+  const Tiling<T> l(a);
+  const BackwardMemory<T> memory(a, l, workspace, scratch);
+  if (phase == 0) {
+    const int64_t tiles = a.batch * a.heads * l.key_tiles;
+    if (task < tiles) return pack_key_tile(a, l, memory, task);
+    return pack_query_block(a, l, memory, task - tiles);
+  }
+  if (phase == 1) return backward_chunk(a, l, memory, task);
+  sum_chunks(a, l, memory, task);
+}

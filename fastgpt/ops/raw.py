@@ -1,0 +1,29 @@
+"""What the raw operators of all ops share."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Launcher(NamedTuple):
+    """A backend's two raw operators, with the signatures that the op's `define` gives them."""
+
+    forward: Any
+    backward: Any
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which kernels compute: float64 for itself, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """A batch of problems as one problem with batch_size times as many rows."""
+
+    def batched(x: Tensor, dim: int | None) -> Tensor:
+        if dim is None:
+            return x.unsqueeze(0).expand(info.batch_size, *x.shape)
+        return x.movedim(dim, 0)
+
+    return [batched(x, dim).flatten(0, 1) for x, dim in zip(tensors, in_dims, strict=True)]
