@@ -170,23 +170,26 @@ static inline int64_t visible_keys(const Attention& a, int64_t query, int64_t ke
 
 // ---- scores ----
 
-// x = scale s + b for a register of products s, from the mask's lanes.
+constexpr double kLog2e = 1.4426950408889634;
+
+// Scores are in units of log 2 from here on, x log2(e), so that their exponential is a power of 2.
+// A row of products s becomes scores as factor * s: without a mask at the next use of s, for free.
+
+// Scores for a register of products and the mask's lanes.
 template <class A>
-static inline Vec<A> masked(Vec<A> s, Vec<A> scale, const uint8_t* allowed) {
-  return where(allowed, s * scale, Vec<A>::all(A(-INFINITY)));
+static inline Vec<A> masked(Vec<A> s, Vec<A> factor, const uint8_t* allowed) {
+  return where(allowed, s * factor, Vec<A>::all(A(-INFINITY)));
 }
 template <class A, class M>
-static inline Vec<A> masked(Vec<A> s, Vec<A> scale, const M* bias) {
+static inline Vec<A> masked(Vec<A> s, Vec<A> factor, const M* bias) {
   const Vec<A> b = Vec<A>::load(bias), lowest = Vec<A>::all(A(-INFINITY));
-  return where_equal(b, lowest, lowest, fma(s, scale, b));  // -inf hides a score of NaN, too
+  const Vec<A> x = fma(s, factor, b * Vec<A>::all(A(kLog2e)));
+  return where_equal(b, lowest, lowest, x);  // -inf hides a score of NaN, too
 }
 
-// Turns a row's n products into scores, and fills the register that n ends in with -inf.
 template <class A, class M>
-static void score_row(A* s, int64_t n, A scale, const M* mask, int64_t column) {
-  using V = Vec<A>;
-  constexpr int64_t width = V::width;
-  const V factor = V::all(scale);
+static void mask_row(A* s, int64_t n, A factor, const M* mask, int64_t column) {
+  constexpr int64_t width = Vec<A>::width;
   for (int64_t j = 0; j < n; j += width) {
     const M* lanes = mask + j * column;
     M gathered[width] = {};
@@ -194,35 +197,32 @@ static void score_row(A* s, int64_t n, A scale, const M* mask, int64_t column) {
       for (int64_t i = 0; i < width && j + i < n; ++i) gathered[i] = lanes[i * column];
       lanes = gathered;
     }
-    masked(V::load(s + j), factor, lanes).store(s + j);
+    masked(Vec<A>::load(s + j), Vec<A>::all(factor), lanes).store(s + j);
   }
-  for (int64_t j = n; j % width != 0; ++j) s[j] = A(-INFINITY);
 }
 
+// Applies the mask to the products of query i with the n keys from j on, fills the register that n
+// ends in with what the softmax makes 0 of, and returns the factor that s still lacks.
 template <class T>
-static void score_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t j, int64_t n,
-                      acc_t<T>* s) {
+static inline acc_t<T> mask_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t j,
+                                int64_t n, acc_t<T>* s) {
   using A = acc_t<T>;
-  using V = Vec<A>;
-  const A scale = A(a.scale);
+  A factor = A(a.scale * kLog2e);
   const AttentionMask& mask = a.mask;
   const int64_t start = b * mask.batch + h * mask.head + i * mask.row + j * mask.column;
-  switch (mask.kind) {
-    case kNoMask: {
-      for (int64_t k = 0; k < n; k += V::width) (V::load(s + k) * V::all(scale)).store(s + k);
-      for (int64_t k = n; k % V::width != 0; ++k) s[k] = A(-INFINITY);
-      break;
-    }
-    case kBoolMask:
-      score_row(s, n, scale, static_cast<const uint8_t*>(mask.data) + start, mask.column);
-      break;
-    case kStorageMask:
-      score_row(s, n, scale, static_cast<const T*>(mask.data) + start, mask.column);
-      break;
-    case kAccumulatorMask:
-      score_row(s, n, scale, static_cast<const A*>(mask.data) + start, mask.column);
-      break;
+  if (mask.kind == kBoolMask) {
+    mask_row(s, n, factor, static_cast<const uint8_t*>(mask.data) + start, mask.column);
+  } else if (mask.kind == kStorageMask) {
+    mask_row(s, n, factor, static_cast<const T*>(mask.data) + start, mask.column);
+  } else if (mask.kind == kAccumulatorMask) {
+    mask_row(s, n, factor, static_cast<const A*>(mask.data) + start, mask.column);
+  } else if (!(factor > 0)) {
+    // So that what is filled in below stays the smallest.
+    for (int64_t k = 0; k < n; ++k) s[k] *= factor;
   }
+  if (mask.kind != kNoMask || !(factor > 0)) factor = 1;
+  for (int64_t k = n; k % Vec<A>::width != 0; ++k) s[k] = A(-INFINITY);
+  return factor;
 }
 
 // The products of the rows of `a` with the keys of one tile: s (rows, kKeyTile), as far as each
@@ -314,29 +314,62 @@ static void pack_forward(const AttentionForward& a, const Tiling<T>& l, const Fo
   to.finite[task] = finite;
 }
 
-// One row's scores of a tile to unnormalised weights, zeros from n up to `padded`, and the running
-// maximum and sum.
-template <class A, class E>
-static void softmax_row(const A* s, int64_t n, int64_t padded, E* weights, A& m, A& sum,
-                        A& factor) {
+template <class A>
+static inline A row_maximum(const A* s, int64_t n, A factor) {
   using V = Vec<A>;
-  constexpr int64_t width = V::width;
   V top = V::all(A(-INFINITY));
-  for (int64_t j = 0; j < n; j += width) top = max(top, V::load(s + j));
-  const A tile_max = top.reduce_max(), before = m;
-  if (!(tile_max <= m)) m = tile_max;
-  // Anything finite will do while all that was seen is -inf.
-  const A shift = m == A(-INFINITY) ? A(0) : m;
-  factor = before == m ? A(1) : exp(Vec<A>::all(before - shift)).reduce_max();
-  V part = V::all(0);
+  for (int64_t j = 0; j < n; j += V::width) top = max(top, V::load(s + j) * V::all(factor));
+  return top.reduce_max();
+}
+
+// One row's products to weights 2^(factor s - shift), zeros from n up to `padded`; their sum.
+template <class A, class E>
+static inline A softmax_row(const A* s, int64_t n, int64_t padded, A factor, A shift, E* weights) {
+  using V = Vec<A>;
+  V sum = V::all(0);
   int64_t j = 0;
-  for (; j < n; j += width) {
-    const V w = exp(V::load(s + j) - V::all(shift));
+  for (; j < n; j += V::width) {
+    const V w = exp2(fma(V::load(s + j), V::all(factor), V::all(-shift)));
     store_weights(w, weights, j);
-    part = part + w;
+    sum = sum + w;
   }
-  for (; j < padded; j += width) store_weights(V::all(0), weights, j);
-  sum = sum * factor + part.reduce_add();
+  for (; j < padded; j += V::width) store_weights(V::all(0), weights, j);
+  return sum.reduce_add();
+}
+
+// The softmax of up to Tile::rows rows of products with the n keys from `key` on, as far as the last
+// of them sees: weights, and the running maximum and sum with the factor by which the sum shrinks.
+template <class T>
+static void softmax_rows(const AttentionForward& a, int64_t b, int64_t h, int64_t query,
+                         int64_t rows, int64_t key, int64_t n, const ForwardMemory<T>& to,
+                         int64_t r) {
+  using L = Tiling<T>;
+  using A = typename L::A;
+  using V = Vec<A>;
+  constexpr int64_t lanes = (Tile::rows + V::width - 1) / V::width * V::width;
+  A factor[lanes], before[lanes] = {}, shift[lanes] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t visible = visible_keys(a, query + i, key, n);
+    A* s = to.scores + (r + i) * kKeyTile;
+    factor[i] = mask_row<T>(a, b, h, query + i, key, visible, s);
+    const A top = row_maximum(s, visible, factor[i]);
+    A& m = to.row_max[r + i];
+    before[i] = m;
+    if (!(top <= m)) m = top;
+    // Anything finite will do while all that was seen is -inf.
+    shift[i] = m == A(-INFINITY) ? A(0) : m;
+  }
+  for (int64_t i = 0; i < lanes; i += V::width) {
+    // A NaN in `before` is in the sum as well, and stays there.
+    exp2(V::load(before + i) - V::load(shift + i)).store(before + i);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    to.factor[r + i] = before[i];
+    to.row_sum[r + i] =
+        to.row_sum[r + i] * before[i] +
+        softmax_row(to.scores + (r + i) * kKeyTile, visible_keys(a, query + i, key, n), n,
+                    factor[i], shift[i], to.weights + (r + i) * (kKeyTile / L::terms));
+  }
 }
 
 template <class T>
@@ -368,13 +401,7 @@ static void forward_block(const AttentionForward& a, const Tiling<T>& l, const F
       const int64_t some = smaller(Tile::rows, rows - r);
       const int64_t sum_over = visible_keys(a, query + r + some - 1, key, n);
       if (sum_over == 0) continue;
-      for (int64_t i = r; i < r + some; ++i) {
-        const int64_t visible = visible_keys(a, query + i, key, n);
-        A* s = to.scores + i * kKeyTile;
-        score_row<T>(a, b, h, query + i, key, visible, s);
-        softmax_row(s, visible, sum_over, to.weights + i * (kKeyTile / L::terms), to.row_max[i],
-                    to.row_sum[i], to.factor[i]);
-      }
+      softmax_rows(a, b, h, query + r, some, key, sum_over, to, r);
       const Product<E> x{ceil_div(sum_over, L::terms),
                          to.weights + r * (kKeyTile / L::terms),
                          kKeyTile / L::terms,
@@ -424,7 +451,7 @@ struct BackwardMemory {
   using A = typename L::A;
   using E = typename L::E;
 
-  // Of a tile of keys: K and V transposed, K, and whether K is finite.
+  // Of a tile of keys: K and V transposed, K, and whether K and V are finite.
   E *keys_transposed, *values_transposed, *keys;
   uint8_t* finite_keys;
   // Of a block of queries: Q and the upstream gradient G, as A and as B of a product; delta; and
@@ -496,15 +523,18 @@ static void pack_key_tile(const AttentionBackward& a, const Tiling<T>& l,
   using L = Tiling<T>;
   const int64_t head = tile / l.key_tiles, key = tile % l.key_tiles * kKeyTile;
   const int64_t b = head / a.heads, h = head % a.heads, n = smaller(kKeyTile, a.keys - key);
-  const T* keys = at<T>(a.key, b, h, key);
+  const T *keys = at<T>(a.key, b, h, key), *values = at<T>(a.value, b, h, key);
   L::pack_transposed_b(keys, a.key.row, n, a.head_dim,
                        to.keys_transposed + tile * kKeyTile * l.depth);
-  L::pack_transposed_b(at<T>(a.value, b, h, key), a.value.row, n, a.value_dim,
+  L::pack_transposed_b(values, a.value.row, n, a.value_dim,
                        to.values_transposed + tile * kKeyTile * l.value_depth);
   L::pack_b(keys, a.key.row, n, a.head_dim,
             to.keys + tile * (kKeyTile / L::terms) * l.columns);
   bool finite = true;
-  for (int64_t j = 0; j < n; ++j) finite &= all_finite(keys + j * a.key.row, a.head_dim);
+  for (int64_t j = 0; j < n; ++j) {
+    finite &= all_finite(keys + j * a.key.row, a.head_dim) &&
+              all_finite(values + j * a.value.row, a.value_dim);
+  }
   to.finite_keys[tile] = finite;
 }
 
@@ -536,21 +566,21 @@ static void pack_query_block(const AttentionBackward& a, const Tiling<T>& l,
   to.finite_queries[block] = finite;
 }
 
-// One row's scores and dp of a tile to the weights p and ds; zeros from n up to `padded`.
-template <class A>
-static void gradient_row(A* s, A* dp, int64_t n, int64_t padded, A m, A inverse, A delta) {
+// One row's products and dp of a tile to the weights p and ds; zeros from n up to `padded`. Where
+// values may be NaN, ds is not p * dp where p is 0.
+template <bool kFinite, class A>
+static inline void gradient_row(A* s, A* dp, int64_t n, int64_t padded, A factor, A m, A inverse,
+                                A delta) {
   using V = Vec<A>;
-  constexpr int64_t width = V::width;
   const V zero = V::all(0);
   int64_t j = 0;
-  for (; j < n; j += width) {
-    const V p = exp(V::load(s + j) - V::all(m)) * V::all(inverse);
-    // Not p * dp where p is 0: the value it belongs to may be NaN.
-    const V ds = where_equal(p, zero, zero, p * (V::load(dp + j) - V::all(delta)));
+  for (; j < n; j += V::width) {
+    const V p = exp2(fma(V::load(s + j), V::all(factor), V::all(-m))) * V::all(inverse);
+    const V ds = p * (V::load(dp + j) - V::all(delta));
     p.store(s + j);
-    ds.store(dp + j);
+    (kFinite ? ds : where_equal(p, zero, zero, ds)).store(dp + j);
   }
-  for (; j < padded; j += width) {
+  for (; j < padded; j += V::width) {
     zero.store(s + j);
     zero.store(dp + j);
   }
@@ -602,6 +632,7 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
   const A* row_max = static_cast<const A*>(a.row_max) + head * a.queries + query;
   const A* row_sum = static_cast<const A*>(a.row_sum) + head * a.queries + query;
   const A* delta = to.delta + block * kQueryBlock;
+  const bool finite = to.finite_keys[tile] && to.finite_queries[block];
   constexpr int64_t pairs = kKeyTile / L::terms;
   for (int64_t r = 0; r < rows; r += L::terms) {
     const int64_t end = smaller(r + L::terms, rows);
@@ -610,9 +641,10 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
     for (int64_t i = r; i < end; ++i) {
       A *s = to.scores + i * kKeyTile, *dp = to.grad_scores + i * kKeyTile;
       const int64_t visible = visible_keys(a, query + i, key, n);
-      score_row<T>(a, b, h, query + i, key, visible, s);
-      gradient_row(s, dp, visible, padded, row_max[i], row_sum[i] == 0 ? A(0) : 1 / row_sum[i],
-                   delta[i]);
+      const A factor = mask_row<T>(a, b, h, query + i, key, visible, s);
+      (finite ? gradient_row<true, A> : gradient_row<false, A>)(
+          s, dp, visible, padded, factor, row_max[i], row_sum[i] == 0 ? A(0) : 1 / row_sum[i],
+          delta[i]);
       pair_columns(dp, padded, to.grad_rows + i * pairs);
     }
     pair_rows(to.scores + r * kKeyTile, end == r + 2, padded,
@@ -621,7 +653,6 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
               to.grad_pairs + r / L::terms * kKeyTile);
   }
 
-  const bool finite = to.finite_keys[tile] && to.finite_queries[block];
   const auto add = [&](const Product<E>& x, int64_t some, int64_t columns) {
     wide_product(x, int(some), columns / L::width, finite);
   };

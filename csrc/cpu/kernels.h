@@ -67,8 +67,8 @@ struct Attention {
 
 struct AttentionForward : Attention {
   Heads<void> output;  // the storage type
-  void* row_max;       // (B, query_heads, L) accumulator type: m = max_j of the scores
-  void* row_sum;       // the same: sum_j exp(score_j - m); both 0 for a row that sees no key
+  void* row_max;       // (B, query_heads, L) accumulator type: m = max_j of the scores, * log2(e)
+  void* row_sum;       // the same: sum_j 2^(score_j log2(e) - m); both 0 for a row that sees no key
 };
 
 struct AttentionBackward : Attention {

@@ -144,7 +144,8 @@ static inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm512_
 static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
-// The second operand where either is NaN.
+// The second operand where either is NaN. `where_equal` is `yes` in the lanes where a == b, `where` in
+// those whose byte at `p` is not 0.
 static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline Vec<float> where_equal(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<float> no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), no.v, yes.v)};
@@ -506,4 +507,25 @@ static inline Vec<double> exp(Vec<double> x) {
   Vec<double> r = fma(n, Vec<double>::all(-0x1.62e42feep-1), x);
   r = fma(n, Vec<double>::all(-0x1.a39ef35793c76p-33), r);
   return scale_by_power(exp_reduced(r), n);
+}
+
+// 2^x likewise, for x <= 0 and what rounding lets a little above.
+static inline Vec<float> exp2(Vec<float> x) {
+  x = max(Vec<float>::all(-151.0f), x);
+  const Vec<float> n = round(x);
+  const Vec<float> r = x - n;  // exact
+  // As above: degree 6, of least largest relative error, 3e-9, with the first coefficient 1.
+  Vec<float> s = Vec<float>::all(0.000153264729f);
+  s = fma(s, r, Vec<float>::all(0.00133908063f));
+  s = fma(s, r, Vec<float>::all(0.00961850584f));
+  s = fma(s, r, Vec<float>::all(0.0555035993f));
+  s = fma(s, r, Vec<float>::all(0.240226477f));
+  s = fma(s, r, Vec<float>::all(0.693147182f));
+  return scale_by_power(fma(s, r, Vec<float>::all(1.0f)), n);
+}
+
+static inline Vec<double> exp2(Vec<double> x) {
+  x = max(Vec<double>::all(-1076.0), x);
+  const Vec<double> n = round(x);
+  return scale_by_power(exp_reduced((x - n) * Vec<double>::all(0.6931471805599453)), n);
 }
