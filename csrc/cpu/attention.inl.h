@@ -37,6 +37,13 @@ static inline void copy_row(const T* x, int64_t n, acc_t<T>* out) {
   for (; i < n; ++i) out[i] = widen(x[i]);
 }
 
+// The library's copy: what a compiler makes of the loop above is slow for a short row.
+static inline void copy_row(const float* x, int64_t n, float* out) {
+  memcpy(out, x, size_t(n) * sizeof(float));
+}
+static inline void copy_row(const double* x, int64_t n, double* out) {
+  memcpy(out, x, size_t(n) * sizeof(double));
+}
 static inline void copy_row(const bf16* x, int64_t n, bf16_pair* out) {
   memcpy(static_cast<void*>(out), x, size_t(n) * sizeof(bf16));
   if (n % 2 != 0) out[n / 2].part[1] = bf16{0};
@@ -126,13 +133,15 @@ struct Tiling {
     for (int64_t start = 0; start < rows; start += panel, out += depth * panel) {
       for (int64_t d = 0; d < depth; d += most) {
         const int64_t some = smaller(most, depth - d);
-        for (int64_t j = 0; j < panel; ++j) {
-          E row[most] = {};
-          if (start + j < rows) {
-            copy_row(x + (start + j) * row_stride + d * terms, smaller(n - d * terms, most * terms),
-                     row);
-          }
+        const int64_t there = smaller(panel, rows - start);
+        E row[most];
+        for (int64_t j = 0; j < there; ++j) {
+          copy_row(x + (start + j) * row_stride + d * terms, smaller(n - d * terms, most * terms),
+                   row);
           for (int64_t i = 0; i < some; ++i) out[(d + i) * panel + j] = row[i];
+        }
+        for (int64_t i = 0; i < some; ++i) {
+          for (int64_t j = there; j < panel; ++j) out[(d + i) * panel + j] = E();
         }
       }
     }
@@ -327,12 +336,18 @@ template <class A, class E>
 static inline A softmax_row(const A* s, int64_t n, int64_t padded, A factor, A shift, E* weights) {
   using V = Vec<A>;
   V sum = V::all(0);
+  const auto some = [&](int64_t j, auto&& w) {
+    for (V& x : w) x = fma(V::load(s + j + (&x - w) * V::width), V::all(factor), V::all(-shift));
+    exp2(w);
+    for (const V& x : w) {
+      store_weights(x, weights, j + (&x - w) * V::width);
+      sum = sum + x;
+    }
+  };
   int64_t j = 0;
-  for (; j < n; j += V::width) {
-    const V w = exp2(fma(V::load(s + j), V::all(factor), V::all(-shift)));
-    store_weights(w, weights, j);
-    sum = sum + w;
-  }
+  V four[4], one[1];
+  for (; j + 3 * V::width < n; j += 4 * V::width) some(j, four);
+  for (; j < n; j += V::width) some(j, one);
   for (; j < padded; j += V::width) store_weights(V::all(0), weights, j);
   return sum.reduce_add();
 }
@@ -361,7 +376,9 @@ static void softmax_rows(const AttentionForward& a, int64_t b, int64_t h, int64_
   }
   for (int64_t i = 0; i < lanes; i += V::width) {
     // A NaN in `before` is in the sum as well, and stays there.
-    exp2(V::load(before + i) - V::load(shift + i)).store(before + i);
+    V shrink[1] = {V::load(before + i) - V::load(shift + i)};
+    exp2(shrink);
+    shrink[0].store(before + i);
   }
   for (int64_t i = 0; i < rows; ++i) {
     to.factor[r + i] = before[i];
@@ -496,8 +513,8 @@ struct BackwardMemory {
     }
     delta = shared.take<A>(blocks * kQueryBlock);
     finite_queries = shared.take<uint8_t>(blocks);
-    // Enough tasks for many threads when there are few heads; each chunk costs a dq.
-    chunks = smaller(larger(1, smaller(8, ceil_div(16, kv_heads))), l.key_tiles);
+    // More tasks when there are few heads; each chunk costs a dq.
+    chunks = smaller(larger(1, smaller(4, ceil_div(16, kv_heads))), l.key_tiles);
     grad_query = shared.take<A>(chunks * blocks * kQueryBlock * l.columns);
 
     scores = own.take<A>(kQueryBlock * kKeyTile);
@@ -573,13 +590,21 @@ static inline void gradient_row(A* s, A* dp, int64_t n, int64_t padded, A factor
                                 A delta) {
   using V = Vec<A>;
   const V zero = V::all(0);
+  const auto some = [&](int64_t j, auto&& p) {
+    for (V& x : p) x = fma(V::load(s + j + (&x - p) * V::width), V::all(factor), V::all(-m));
+    exp2(p);
+    for (V& x : p) {
+      const int64_t at = j + (&x - p) * V::width;
+      x = x * V::all(inverse);
+      const V ds = x * (V::load(dp + at) - V::all(delta));
+      x.store(s + at);
+      (kFinite ? ds : where_equal(x, zero, zero, ds)).store(dp + at);
+    }
+  };
   int64_t j = 0;
-  for (; j < n; j += V::width) {
-    const V p = exp2(fma(V::load(s + j), V::all(factor), V::all(-m))) * V::all(inverse);
-    const V ds = p * (V::load(dp + j) - V::all(delta));
-    p.store(s + j);
-    (kFinite ? ds : where_equal(p, zero, zero, ds)).store(dp + j);
-  }
+  V four[4], one[1];
+  for (; j + 3 * V::width < n; j += 4 * V::width) some(j, four);
+  for (; j < n; j += V::width) some(j, one);
   for (; j < padded; j += V::width) {
     zero.store(s + j);
     zero.store(dp + j);
@@ -608,11 +633,12 @@ static inline void pair_columns(const float* x, int64_t n, bf16_pair* out) {
 }
 #endif
 
-// What one tile of keys and one block of queries give each other.
+// What one tile of keys and one block of queries give each other. `into`: whether this is the first
+// tile that the block's dq sees.
 template <class T>
 static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
                           const BackwardMemory<T>& to, int64_t tile, int64_t head, int64_t block,
-                          typename Tiling<T>::A* grad_query) {
+                          typename Tiling<T>::A* grad_query, Into into) {
   using L = Tiling<T>;
   using A = typename L::A;
   using E = typename L::E;
@@ -621,6 +647,11 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
   const int64_t b = head / a.query_heads, h = head % a.query_heads;
   const int64_t rows = smaller(kQueryBlock, a.queries - query);
   const int64_t n = visible_keys(a, query + rows - 1, key, smaller(kKeyTile, a.keys - key));
+  if (into == Into::kFresh) {
+    // The queries that see nothing of this tile, and so nothing of the chunk's later ones.
+    const int64_t blind = a.causal ? larger(0, smaller(rows, key - query)) : 0;
+    memset(grad_query, 0, size_t(blind * l.columns) * sizeof(A));
+  }
   if (n == 0) return;
 
   products<T>(a, query, rows, key, n, to.query_a + block * kQueryBlock * to.query_row,
@@ -659,23 +690,26 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
   for (int64_t j = 0; j < n; j += Tile::rows) {
     // The queries before these keys do not see them.
     const int64_t start = a.causal ? larger(0, key + j - query) / L::terms : 0;
-    const int64_t along = ceil_div(rows, L::terms) - start;
+    const int64_t last = ceil_div(rows, L::terms) - 1;
     const int64_t some = smaller(Tile::rows, n - j);
-    const int64_t from = block * (kQueryBlock / L::terms) + start;
-    add({along, to.weights_pairs + start * kKeyTile + j, 1, kKeyTile,
-         to.grad_b + from * l.value_columns, l.value_columns, to.grad_value + j * l.value_columns,
+    // Backwards, as the blocks are, and for the same reason.
+    const int64_t from = block * (kQueryBlock / L::terms) + last;
+    add({last + 1 - start, to.weights_pairs + last * kKeyTile + j, 1, -kKeyTile,
+         to.grad_b + from * l.value_columns, -l.value_columns, to.grad_value + j * l.value_columns,
          l.value_columns, Into::kSum, nullptr},
         some, l.value_columns);
-    add({along, to.grad_pairs + start * kKeyTile + j, 1, kKeyTile, to.query_b + from * l.columns,
-         l.columns, to.grad_key + j * l.columns, l.columns, Into::kSum, nullptr},
+    add({last + 1 - start, to.grad_pairs + last * kKeyTile + j, 1, -kKeyTile,
+         to.query_b + from * l.columns, -l.columns, to.grad_key + j * l.columns, l.columns,
+         Into::kSum, nullptr},
         some, l.columns);
   }
   for (int64_t r = 0; r < rows; r += Tile::rows) {
     const int64_t some = smaller(Tile::rows, rows - r);
     const int64_t seen = visible_keys(a, query + r + some - 1, key, n);
+    if (seen == 0) continue;
     add({ceil_div(seen, L::terms), to.grad_rows + r * pairs, pairs, 1,
-         to.keys + tile * pairs * l.columns, l.columns, grad_query + r * l.columns, l.columns,
-         Into::kSum, nullptr},
+         to.keys + tile * pairs * l.columns, l.columns, grad_query + r * l.columns, l.columns, into,
+         nullptr},
         some, l.columns);
   }
 }
@@ -691,16 +725,16 @@ static void backward_chunk(const AttentionBackward& a, const Tiling<T>& l,
   const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
   const int64_t block_size = kQueryBlock * l.columns;
   A* grad_query = to.grad_query + chunk * blocks * block_size;
-  memset(grad_query + first * block_size, 0,
-         size_t(group * l.query_blocks * block_size) * sizeof(A));
   // Every chunks-th tile: under a causal mask, early keys have more work than late ones.
   for (int64_t t = chunk; t < l.key_tiles; t += to.chunks) {
     const int64_t key = t * kKeyTile, n = smaller(kKeyTile, a.keys - key);
     memset(to.grad_key, 0, size_t(n * l.columns) * sizeof(A));
     memset(to.grad_value, 0, size_t(n * l.value_columns) * sizeof(A));
-    for (int64_t block = first; block < first + group * l.query_blocks; ++block) {
+    // Backwards: under a causal mask the first queries give a key its largest weights, and what is
+    // added to a large sum is rounded at its size.
+    for (int64_t block = first + group * l.query_blocks - 1; block >= first; --block) {
       backward_tile(a, l, to, kv_head * l.key_tiles + t, block / l.query_blocks, block,
-                    grad_query + block * block_size);
+                    grad_query + block * block_size, t == chunk ? Into::kFresh : Into::kSum);
     }
     for (int64_t j = 0; j < n; ++j) {
       store_row(to.grad_key + j * l.columns, A(a.scale), a.head_dim,

@@ -47,10 +47,7 @@ static void tile_product(const Product<E>& x) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kRegisters; ++i) {
-      c[r][i] = x.into == Into::kFresh ? V::all(0) : V::load(x.c + r * x.c_row + i * width);
-      if (x.into == Into::kScaledSum) c[r][i] = c[r][i] * V::all(x.factor[r]);
-    }
+    for (int i = 0; i < kRegisters; ++i) c[r][i] = V::all(0);
   }
   const E *a = x.a, *b = x.b;
   const int64_t a_row = x.a_row, a_step = x.a_step, b_step = x.b_step;
@@ -69,8 +66,13 @@ static void tile_product(const Product<E>& x) {
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+    // Last, so that C's size does not round every term.
+    const V factor = V::all(x.into == Into::kScaledSum ? x.factor[r] : A(1));
 #pragma GCC unroll 4
-    for (int i = 0; i < kRegisters; ++i) c[r][i].store(x.c + r * x.c_row + i * width);
+    for (int i = 0; i < kRegisters; ++i) {
+      A* p = x.c + r * x.c_row + i * width;
+      (x.into == Into::kFresh ? c[r][i] : fma(V::load(p), factor, c[r][i])).store(p);
+    }
   }
 }
 

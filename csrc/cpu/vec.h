@@ -509,23 +509,31 @@ static inline Vec<double> exp(Vec<double> x) {
   return scale_by_power(exp_reduced(r), n);
 }
 
-// 2^x likewise, for x <= 0 and what rounding lets a little above.
-static inline Vec<float> exp2(Vec<float> x) {
-  x = max(Vec<float>::all(-151.0f), x);
-  const Vec<float> n = round(x);
-  const Vec<float> r = x - n;  // exact
-  // As above: degree 6, of least largest relative error, 3e-9, with the first coefficient 1.
-  Vec<float> s = Vec<float>::all(0.000153264729f);
-  s = fma(s, r, Vec<float>::all(0.00133908063f));
-  s = fma(s, r, Vec<float>::all(0.00961850584f));
-  s = fma(s, r, Vec<float>::all(0.0555035993f));
-  s = fma(s, r, Vec<float>::all(0.240226477f));
-  s = fma(s, r, Vec<float>::all(0.693147182f));
-  return scale_by_power(fma(s, r, Vec<float>::all(1.0f)), n);
+// 2^x likewise, for x <= 0 and what rounding lets a little above, of several registers in step: the
+// chain of one is longer than a processor looks ahead.
+template <int kCount>
+static inline void exp2(Vec<float> (&x)[kCount]) {
+  using V = Vec<float>;
+  // As above: degree 6, of least largest relative error, 3e-9, with the last coefficient 1.
+  const float coefficients[] = {0.00133908063f, 0.00961850584f, 0.0555035993f,
+                                0.240226477f,   0.693147182f,   1.0f};
+  V n[kCount], s[kCount];
+  for (V& v : x) v = max(V::all(-151.0f), v);
+  for (int i = 0; i < kCount; ++i) n[i] = round(x[i]);
+  for (int i = 0; i < kCount; ++i) x[i] = x[i] - n[i];  // exact
+  for (V& v : s) v = V::all(0.000153264729f);
+  for (float c : coefficients) {
+    for (int i = 0; i < kCount; ++i) s[i] = fma(s[i], x[i], V::all(c));
+  }
+  for (int i = 0; i < kCount; ++i) x[i] = scale_by_power(s[i], n[i]);
 }
 
-static inline Vec<double> exp2(Vec<double> x) {
-  x = max(Vec<double>::all(-1076.0), x);
-  const Vec<double> n = round(x);
-  return scale_by_power(exp_reduced((x - n) * Vec<double>::all(0.6931471805599453)), n);
+template <int kCount>
+static inline void exp2(Vec<double> (&x)[kCount]) {
+  using V = Vec<double>;
+  for (V& v : x) {
+    v = max(V::all(-1076.0), v);
+    const V n = round(v);
+    v = scale_by_power(exp_reduced((v - n) * V::all(0.6931471805599453)), n);
+  }
 }
