@@ -198,12 +198,11 @@ AttentionMask mask_of(const std::optional<Tensor>& mask, const Tensor& query, in
     strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
   }
   const ScalarType type = mask->scalar_type();
-  const MaskKind kind = type == ScalarType::Bool                         ? kBoolMask
-                        : type == query.scalar_type()                    ? kStorageMask
-                        : type == accumulator_of(dtype_of(query))        ? kAccumulatorMask
-                                                                         : kNoMask;
-  STD_TORCH_CHECK(kind != kNoMask,
-                  "expected attn_mask of bool, query's or the accumulator type");
+  const MaskKind kind = type == ScalarType::Bool                  ? kBoolMask
+                        : type == query.scalar_type()             ? kStorageMask
+                        : type == accumulator_of(dtype_of(query)) ? kAccumulatorMask
+                                                                  : kNoMask;
+  STD_TORCH_CHECK(kind != kNoMask, "expected attn_mask of bool, query's or the accumulator type");
   return {kind, mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
 }
 
@@ -216,15 +215,17 @@ Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& val
                       key.size(3) == query.size(3),
                   "expected query (B, Hq, L, D), key (B, H, S, D) and value (B, H, S, Dv), Hq a "
                   "multiple of H");
-  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() &&
-                      value.scalar_type() == query.scalar_type(),
-                  "expected query, key and value of one type");
+  STD_TORCH_CHECK(
+      key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
+      "expected query, key and value of one type");
   STD_TORCH_CHECK(query.numel() > 0 && key.numel() > 0 && value.numel() > 0,
                   "expected query, key and value that are not empty");
-  return {query.size(0),   query.size(1),   key.size(1),
-          query.size(2),   key.size(2),     query.size(3),
-          value.size(3),   is_causal,       scale,
-          mask_of(mask, query, key.size(2)), heads_of(query), heads_of(key),
+  return {query.size(0),   query.size(1),
+          key.size(1),     query.size(2),
+          key.size(2),     query.size(3),
+          value.size(3),   is_causal,
+          scale,           mask_of(mask, query, key.size(2)),
+          heads_of(query), heads_of(key),
           heads_of(value)};
 }
 
@@ -235,8 +236,7 @@ void run_attention(const AttentionKernel<Arguments>& kernel, const Arguments& ar
                    const Tensor& like) {
   const AttentionPlan plan = kernel.plan(arguments);
   constexpr int64_t kLine = 64;
-  Tensor memory =
-      torch::stable::new_empty(like, {plan.workspace_bytes + kLine}, ScalarType::Byte);
+  Tensor memory = torch::stable::new_empty(like, {plan.workspace_bytes + kLine}, ScalarType::Byte);
   advise_huge_pages(memory);
   const auto aligned = [](void* p) {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine);
@@ -261,8 +261,8 @@ void run_attention(const AttentionKernel<Arguments>& kernel, const Arguments& ar
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, Tensor key, Tensor value,
-                                                         std::optional<Tensor> mask,
-                                                         bool is_causal, double scale) {
+                                                         std::optional<Tensor> mask, bool is_causal,
+                                                         double scale) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "expected query, key and value of four dimensions");
   query = with_unit_columns(query);
@@ -284,9 +284,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, Tensor ke
   return {output, row_max, row_sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
-    Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
-    Tensor output, Tensor row_max, Tensor row_sum, bool is_causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad_output, Tensor query,
+                                                          Tensor key, Tensor value,
+                                                          std::optional<Tensor> mask, Tensor output,
+                                                          Tensor row_max, Tensor row_sum,
+                                                          bool is_causal, double scale) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "expected query, key and value of four dimensions");
   query = with_unit_columns(query);

@@ -19,8 +19,8 @@
 // FLOPs, of the pairs (i, j) that are allowed: 4 D per pair forward, 10 D backward. A causal mask
 // is followed to 6 queries by one register of keys; beyond that nothing is computed.
 
-constexpr int64_t kQueryBlock = 48;  // a multiple of Tile::rows
-constexpr int64_t kKeyTile = 192;    // a multiple of every panel
+constexpr int64_t kQueryBlock = 96;  // a multiple of Tile::rows
+constexpr int64_t kKeyTile = 384;    // a multiple of every panel
 
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -64,7 +64,8 @@ static inline void copy_row_of_b(const bf16* first, const bf16* second, int64_t 
     if (x == nullptr) return V::all(0);
     return i + V::width <= n ? V::load(x + i) : load_partial<float>(x + i, int(n - i), 0.0f);
   };
-  for (int64_t i = 0; i < padded; i += V::width) store_pairs(part(first, i), part(second, i), out + i);
+  for (int64_t i = 0; i < padded; i += V::width)
+    store_pairs(part(first, i), part(second, i), out + i);
 }
 #endif
 
@@ -101,8 +102,8 @@ struct Tiling {
   static constexpr int64_t terms = Operand<E>::terms;
   static_assert(kKeyTile % panel == 0 && kQueryBlock % Tile::rows == 0 && kQueryBlock % 2 == 0, "");
 
-  int64_t depth, value_depth;        // operands along head_dim and value_dim
-  int64_t columns, value_columns;    // head_dim and value_dim in whole registers
+  int64_t depth, value_depth;      // operands along head_dim and value_dim
+  int64_t columns, value_columns;  // head_dim and value_dim in whole registers
   int64_t key_tiles, query_blocks;
 
   explicit Tiling(const Attention& a)
@@ -117,7 +118,8 @@ struct Tiling {
   // rows or, transposed, along its columns: (rows, depth), (rows / terms, columns) and
   // (rows / panel, depth, panel).
   static void pack_a(const T* x, int64_t row_stride, int64_t rows, int64_t n, E* out) {
-    for (int64_t r = 0; r < rows; ++r) copy_row(x + r * row_stride, n, out + r * ceil_div(n, terms));
+    for (int64_t r = 0; r < rows; ++r)
+      copy_row(x + r * row_stride, n, out + r * ceil_div(n, terms));
   }
   static void pack_b(const T* x, int64_t row_stride, int64_t rows, int64_t n, E* out) {
     const int64_t padded = round_up(n, width);
@@ -161,7 +163,6 @@ struct Carver {
     return p;
   }
 };
-
 
 template <class T>
 static inline const T* at(const Heads<const void>& x, int64_t b, int64_t h, int64_t row) {
@@ -352,8 +353,9 @@ static inline A softmax_row(const A* s, int64_t n, int64_t padded, A factor, A s
   return sum.reduce_add();
 }
 
-// The softmax of up to Tile::rows rows of products with the n keys from `key` on, as far as the last
-// of them sees: weights, and the running maximum and sum with the factor by which the sum shrinks.
+// The softmax of up to Tile::rows rows of products with the n keys from `key` on, as far as the
+// last of them sees: weights, and the running maximum and sum with the factor by which the sum
+// shrinks.
 template <class T>
 static void softmax_rows(const AttentionForward& a, int64_t b, int64_t h, int64_t query,
                          int64_t rows, int64_t key, int64_t n, const ForwardMemory<T>& to,
@@ -545,8 +547,7 @@ static void pack_key_tile(const AttentionBackward& a, const Tiling<T>& l,
                        to.keys_transposed + tile * kKeyTile * l.depth);
   L::pack_transposed_b(values, a.value.row, n, a.value_dim,
                        to.values_transposed + tile * kKeyTile * l.value_depth);
-  L::pack_b(keys, a.key.row, n, a.head_dim,
-            to.keys + tile * (kKeyTile / L::terms) * l.columns);
+  L::pack_b(keys, a.key.row, n, a.head_dim, to.keys + tile * (kKeyTile / L::terms) * l.columns);
   bool finite = true;
   for (int64_t j = 0; j < n; ++j) {
     finite &= all_finite(keys + j * a.key.row, a.head_dim) &&
@@ -654,8 +655,8 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
   }
   if (n == 0) return;
 
-  products<T>(a, query, rows, key, n, to.query_a + block * kQueryBlock * to.query_row,
-              to.query_row, to.keys_transposed + tile * kKeyTile * l.depth, l.depth, to.scores);
+  products<T>(a, query, rows, key, n, to.query_a + block * kQueryBlock * to.query_row, to.query_row,
+              to.keys_transposed + tile * kKeyTile * l.depth, l.depth, to.scores);
   products<T>(a, query, rows, key, n, to.grad_a + block * kQueryBlock * to.grad_row, to.grad_row,
               to.values_transposed + tile * kKeyTile * l.value_depth, l.value_depth,
               to.grad_scores);
@@ -673,9 +674,9 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
       A *s = to.scores + i * kKeyTile, *dp = to.grad_scores + i * kKeyTile;
       const int64_t visible = visible_keys(a, query + i, key, n);
       const A factor = mask_row<T>(a, b, h, query + i, key, visible, s);
-      (finite ? gradient_row<true, A> : gradient_row<false, A>)(
-          s, dp, visible, padded, factor, row_max[i], row_sum[i] == 0 ? A(0) : 1 / row_sum[i],
-          delta[i]);
+      (finite ? gradient_row<true, A>
+              : gradient_row<false, A>)(s, dp, visible, padded, factor, row_max[i],
+                                        row_sum[i] == 0 ? A(0) : 1 / row_sum[i], delta[i]);
       pair_columns(dp, padded, to.grad_rows + i * pairs);
     }
     pair_rows(to.scores + r * kKeyTile, end == r + 2, padded,
@@ -762,8 +763,7 @@ static void sum_chunks(const AttentionBackward& a, const Tiling<T>& l, const Bac
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
-    store_row(total + r * l.columns, A(a.scale), a.head_dim,
-              at<T>(a.grad_query, b, h, query + r));
+    store_row(total + r * l.columns, A(a.scale), a.head_dim, at<T>(a.grad_query, b, h, query + r));
   }
 }
 

@@ -1,4 +1,5 @@
-// Register-tiled products of small matrices: C (m, n) += A (m, k) B (k, n), for any instruction set.
+// Register-tiled products of small matrices: C (m, n) += A (m, k) B (k, n), for any instruction
+// set.
 //
 // A is read one number at a time and broadcast, so any strides will do, a transposed A included. B
 // is read a register at a time: its rows lie `b_step` apart and are padded to whole registers. C
@@ -113,7 +114,8 @@ static inline void product(const Product<E>& x, int rows, int registers) {
   }
 }
 
-// Leaves out the terms in which A is zero: where B may hold infinities or NaN, 0 * B is not nothing.
+// Leaves out the terms in which A is zero: where B may hold infinities or NaN, 0 * B is not
+// nothing.
 template <class E>
 static void careful_product(const Product<E>& x, int rows, int64_t registers) {
   using A = typename Product<E>::A;

@@ -144,8 +144,8 @@ static inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm512_
 static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
-// The second operand where either is NaN. `where_equal` is `yes` in the lanes where a == b, `where` in
-// those whose byte at `p` is not 0.
+// The second operand where either is NaN. `where_equal` is `yes` in the lanes where a == b, `where`
+// in those whose byte at `p` is not 0.
 static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline Vec<float> where_equal(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<float> no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), no.v, yes.v)};

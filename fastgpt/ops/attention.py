@@ -193,9 +193,7 @@ def _optional(x: Tensor | None, function: Any) -> Tensor | None:
     return None if x is None else function(x)
 
 
-def _jvp(
-    tangents: tuple[Tensor | None, ...], inputs: tuple[Any, ...]
-) -> Tensor:
+def _jvp(tangents: tuple[Tensor | None, ...], inputs: tuple[Any, ...]) -> Tensor:
     """The output's tangent for those of query, key, value and mask."""
     problem = _Problem(*inputs)
     dq = _optional(tangents[0], problem.grouped)
@@ -274,9 +272,7 @@ def _second_order(
         dx = _through_softmax(p, t_centred * dp_centred + _outer(g_rows, c))
         grad.append(_along_keys(w, problem.v) + _along_keys(p, c))
         query.append(scale * (_along_keys(ds, b) + _along_keys(dx, problem.k)))
-        key = key + scale * (
-            _along_queries(ds, a[:, :, :, rows]) + _along_queries(dx, q_rows)
-        )
+        key = key + scale * (_along_queries(ds, a[:, :, :, rows]) + _along_queries(dx, q_rows))
         value = value + _along_queries(w, g_rows)
     return (
         problem.ungrouped(grad),

@@ -23,7 +23,6 @@ from torch.autograd import Function
 
 from fastgpt.ops.raw import Launcher, accumulator_dtype, fold
 
-
 # ---- the call ----
 
 
