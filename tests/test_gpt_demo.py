@@ -1,17 +1,24 @@
-"""The demonstration, and its comparison of the three losses."""
+"""The demonstration, and its comparison of losses and attentions."""
 
 import dataclasses
-import json
 import math
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fastgpt.gpt import PRESETS, compare, demo
-from fastgpt.gpt.compare import Measurement, compare_losses, table
+from fastgpt.gpt.compare import (
+    FUSED,
+    SECTIONS,
+    VARIANTS,
+    Measurement,
+    Variant,
+    compare_variants,
+    table,
+)
 from fastgpt.gpt.train import load_config
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i * 7919 % 1000}\n\n" for i in range(500))
@@ -33,39 +40,96 @@ def _small(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_the_three_losses_of_one_step_are_equal_to_rounding(monkeypatch):
+def test_every_variants_step_has_the_same_loss_to_rounding(monkeypatch):
     monkeypatch.setattr(compare, "_peak_in_fresh_process", lambda *task: None)  # has its own test
-    measurements = compare_losses(TINY, 4, repeats=1)
-    assert [m.name for m in measurements] == ["fused", "torch", "naive"]
-    for m in measurements:
-        assert m.loss == pytest.approx(measurements[0].loss, rel=1e-6)
+    measurements = compare_variants(TINY, 4, repeats=3)
+    assert tuple(measurements) == VARIANTS
+    for m in measurements.values():
+        assert m.loss == pytest.approx(measurements[FUSED].loss, rel=1e-6)
         assert m.loss == pytest.approx(math.log(512), abs=0.1)
-        assert m.step_ms > m.loss_ms > 0
+        assert set(m.operation_ms) == set(SECTIONS)
+        assert m.step_ms > max(m.operation_ms.values())
+        assert min(m.operation_ms.values()) > 0
+
+
+def test_a_variant_changes_one_operation_or_its_ratio_means_nothing():
+    for operation, (fused, *others) in SECTIONS.items():
+        assert fused == FUSED
+        fixed = "attention" if operation == "cross-entropy" else "loss"
+        assert {getattr(variant, fixed) for variant in others} == {"fused"}
+
+
+def test_what_is_timed_calls_the_variants_loss_and_attention(monkeypatch):
+    called = []
+
+    def spy(choose):
+        return lambda name: called.append(name) or choose(name)
+
+    for function in ("loss_function", "attention_function"):
+        monkeypatch.setattr(compare, function, spy(getattr(compare, function)))
+    step = compare._training_step(TINY, 1)
+    step(Variant("", loss="naive", attention="explicit"))
+    step(Variant("", loss="torch", attention="fused"))
+    assert called == ["explicit", "naive", "fused", "torch"]
+    called.clear()
+    compare._cross_entropy_alone(TINY, 1)(Variant("", loss="naive"))
+    compare._attention_alone(TINY, 1)(Variant("", attention="explicit"))
+    assert called == ["naive", "explicit"]
+
+
+def test_attention_alone_runs_on_heads_that_lie_in_memory_as_the_models_do(monkeypatch):
+    strides = []
+
+    def record(q, k, v, **options):
+        y = F.scaled_dot_product_attention(q, k, v, **options)
+        y.register_hook(lambda upstream: strides.append(upstream.stride()))
+        strides.extend(x.stride() for x in (q, k, v))
+        return y
+
+    monkeypatch.setattr(compare, "attention_function", lambda name: record)
+    compare._training_step(TINY, 3)(FUSED)
+    model = strides.copy()
+    strides.clear()
+    compare._attention_alone(TINY, 3)(FUSED)
+    assert sorted(strides) == sorted(model)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_counts_the_naive_losss_extra_tensors():
-    task = {"config": vars(TINY) | {"vocab_size": 65_536}, "batch_size": 32, "threads": 1}
-    peaks = {}
-    for name in ("torch", "naive"):
-        command = [sys.executable, "-m", "fastgpt.gpt.compare", "--peak"]
-        result = subprocess.run(
-            [*command, json.dumps({**task, "name": name})], capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        peaks[name] = json.loads(result.stdout)
-    logits = 32 * 16 * 65_536 * 4 / 2**20  # 128 MiB
-    assert peaks["naive"] > peaks["torch"] + 0.9 * logits
-    assert peaks["torch"] < 5 * logits
+@pytest.mark.parametrize(
+    ("operation", "shape", "written_out"),
+    [
+        ("cross-entropy", {"vocab_size": 65_536}, 32 * 16 * 65_536),  # one more (N, V)
+        ("attention", {"block_size": 512, "n_layer": 1}, 32 * 2 * 512 * 512),  # (B, nh, T, T)
+    ],
+)
+def test_peak_memory_counts_the_tensors_that_the_written_out_form_adds(
+    operation, shape, written_out
+):
+    _, torchs, written = SECTIONS[operation]
+    config = dataclasses.replace(TINY, **shape)
+    peaks = [compare._peak_in_fresh_process(v, config, batch_size=32) for v in (torchs, written)]
+    extra = written_out * 4 / 2**20
+    assert peaks[1] > peaks[0] + 0.9 * extra
+    assert peaks[0] < 5 * extra
 
 
-def test_the_table_gives_ratios_to_the_fused_loss():
-    rows = [Measurement("fused", 9.0, 50.0, 5.0, None), Measurement("naive", 9.0, 125.0, 80.0, 7.0)]
-    lines = table(rows).splitlines()
-    assert "1.00x" in lines[1]
-    assert "unknown" in lines[1]
-    assert "2.50x" in lines[2]
-    assert "7 MiB" in lines[2]
+def test_the_table_gives_ratios_to_the_fused_step_and_each_sections_own_operation():
+    operation_ms = {"cross-entropy": 5.0, "attention": 3.0}
+    rows = {variant: Measurement(9.0, 125.0, operation_ms, 7.0) for variant in VARIANTS}
+    rows[FUSED] = Measurement(9.0, 50.0, operation_ms, None)
+    sections = [section.splitlines() for section in table(rows).split("\n\n")]
+    assert [[line.split()[0] for line in lines] for lines in sections] == [
+        ["cross-entropy", "fused", "torch", "naive"],
+        ["attention", "fused", "torch", "explicit"],
+    ]
+    for lines, own in zip(sections, (" 5.0 ms", " 3.0 ms"), strict=True):
+        assert len({len(line) for line in lines}) == 1, "the columns line up"
+        assert "1.00x" in lines[1]
+        assert "unknown" in lines[1]
+        for line in lines[2:]:
+            assert "2.50x" in line
+            assert own in line
+            assert "7 MiB" in line
 
 
 def test_the_planned_steps_fill_the_time_that_is_left():
@@ -88,14 +152,16 @@ def test_a_wrong_first_guess_of_the_pace_is_corrected(tmp_path):
     assert trainer.metrics.rows[-1].lr == 0, "the schedule came to its end"
 
 
-def test_the_demonstration_trains_samples_and_reports(tmp_path, capsys):
+def test_the_demonstration_trains_samples_and_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "_peak_in_fresh_process", lambda *task: None)  # would take it all
     out = tmp_path / "run"
-    assert demo.main(["--minutes", "0.25", "--out", str(out)]) == 0
+    assert demo.main(["--minutes", "0.15", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "cross_entropy on cpu runs on" in text
+    assert "scaled_dot_product_attention on cpu runs on" in text
     assert "ln(512) 6.238" in text
     assert "bigram model" in text
-    assert text.count("fused") == text.count("naive") >= 2, "the table"
+    assert text.count("\nnaive") == text.count("\nexplicit") == 2, "the table, twice"
     assert "\ndef " in text, "the sample"
     assert (out / "loss.png").exists()
     assert (out / "latest.safetensors").exists()

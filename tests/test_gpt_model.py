@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import fastgpt
 from fastgpt.gpt import GPT, PRESETS, GPTConfig, TrainConfig
-from fastgpt.gpt.model import loss_function
+from fastgpt.gpt.errors import UsageError
+from fastgpt.gpt.model import attention_function, loss_function
 
 SMALL = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -160,6 +161,62 @@ def test_the_three_losses_agree_in_value_and_gradient():
         results.append((loss.detach(), x.grad))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-7)
+
+
+def test_the_three_attentions_give_one_model_the_same_logits_and_gradients():
+    idx = torch.randint(SMALL.vocab_size, (3, 16))
+    upstream = torch.randn(3, 16, SMALL.vocab_size)
+    results = []
+    for name in ("fused", "torch", "explicit"):
+        model = small_gpt()
+        model.use_attention(attention_function(name))
+        logits = model(idx)[0]
+        gradients = torch.autograd.grad(logits, list(model.parameters()), upstream)
+        results.append((logits.detach(), *gradients))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_explicit_attention_asks_for_eager_where_a_kernel_would_cover_the_call(monkeypatch):
+    reasons = []
+
+    def explain(*args, **options):
+        explanation = fastgpt.explain(F.scaled_dot_product_attention, *args, **options)
+        reasons.extend(decision.reason for decision in explanation.decisions)
+        return args[0]
+
+    monkeypatch.setattr(fastgpt, "scaled_dot_product_attention", explain)
+    q = torch.randn(1, 2, 4, 8)
+    attention_function("explicit")(q, q, q, is_causal=True)
+    asked = "the backend 'eager' was asked for"
+    assert reasons == [asked, asked, ""], "native, triton, and eager, which runs"
+
+
+def test_every_block_calls_the_attention_in_use_and_the_weights_do_not_hold_it():
+    model = small_gpt()
+    names = set(model.state_dict())
+    calls = []
+
+    def attention(q, k, v, **options):
+        calls.append(options)
+        return v
+
+    model.use_attention(attention)
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    assert calls == [{"dropout_p": 0.0, "is_causal": True}] * SMALL.n_layer
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (loss_function, "loss must be one of fused, torch, naive, got 'flash'"),
+        (attention_function, "attention must be one of fused, torch, explicit, got 'flash'"),
+    ],
+)
+def test_a_function_of_an_unknown_name_is_refused_with_the_names_there_are(choose, message):
+    with pytest.raises(UsageError, match=message):
+        choose("flash")
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation():

@@ -1,10 +1,11 @@
-"""The same training step with the fused, torch's and the naive cross-entropy: loss, time, memory.
+"""The same training step with fused, torch's and written-out operations: loss, time, memory.
 
     python -m fastgpt.gpt.compare --preset demo --batch-size 16
 
-Time: in one process, the three take turns, and the median counts. Memory: each in a fresh process,
-how far the resident set (the high-water mark that the kernel of the operating system keeps) rises
-above what it was with the model built and the batch loaded.
+Only one operation changes at a time, the cross-entropy or the attention; the other stays fused.
+Time: in one process, the variants take turns, and the median counts. Memory: each in a fresh
+process, how far the resident set (the high-water mark that the kernel of the operating system
+keeps) rises above what it was with the model built and the batch loaded.
 """
 
 import argparse
@@ -13,83 +14,103 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import PRESETS, GPTConfig, TrainConfig
 from .errors import run_command
-from .model import GPT, loss_function
+from .model import GPT, attention_function, loss_function
 from .optim import make_optimizer
 
-LOSSES = ("fused", "torch", "naive")
+
+@dataclass(frozen=True)
+class Variant:
+    """A choice of the functions that a training step calls."""
+
+    name: str
+    loss: str = "fused"
+    attention: str = "fused"
+
+
+FUSED = Variant("fused")
+SECTIONS = {  # of the table, by the operation that changes
+    "cross-entropy": (FUSED, Variant("torch", loss="torch"), Variant("naive", loss="naive")),
+    "attention": (
+        FUSED,
+        Variant("torch", attention="torch"),
+        Variant("explicit", attention="explicit"),
+    ),
+}
+VARIANTS = tuple(dict.fromkeys(variant for section in SECTIONS.values() for variant in section))
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a training step with one of the losses gives and takes."""
+    """What a training step of one variant gives and takes."""
 
-    name: str
     loss: float  # nats per token
     step_ms: float  # forward, backward and optimiser
-    loss_ms: float  # the cross-entropy's forward and backward alone
+    operation_ms: Mapping[str, float]  # forward and backward alone, of each of SECTIONS
     peak_mib: float | None  # of the whole step; None where the system does not tell
 
 
-def compare_losses(
+def compare_variants(
     config: GPTConfig, batch_size: int, repeats: int = 7, seconds: float = 20.0
-) -> list[Measurement]:
-    """Measure the three on the same weights and the same batch of random tokens, on the CPU.
+) -> dict[Variant, Measurement]:
+    """Measure each on the same weights and the same batch of random tokens, on the CPU.
 
     Each is timed `repeats` times, or fewer when the `seconds` are over.
     """
-    step, targets = _prepare(config, batch_size)
-    logits = torch.randn(len(targets), config.vocab_size).requires_grad_()
-    losses = {name: step(name).item() for name in LOSSES}  # and the first, slower, calls
-    step_times: dict[str, list[float]] = {name: [] for name in LOSSES}
-    loss_times: dict[str, list[float]] = {name: [] for name in LOSSES}
+    step = _training_step(config, batch_size)
+    timed = {
+        "step": step,
+        "cross-entropy": _cross_entropy_alone(config, batch_size),
+        "attention": _attention_alone(config, batch_size),
+    }
+    losses = {variant: step(variant).item() for variant in VARIANTS}  # and the first, slower, calls
+    times: dict[Variant, list[list[float]]] = {variant: [] for variant in VARIANTS}
     begin = time.perf_counter()
     for repeat in range(repeats):
         if repeat and time.perf_counter() - begin > seconds:
             break
-        for name in LOSSES:
-            start = time.perf_counter()
-            step(name)
-            step_times[name].append(time.perf_counter() - start)
-            logits.grad = None
-            start = time.perf_counter()
-            loss_function(name)(logits, targets).backward()
-            loss_times[name].append(time.perf_counter() - start)
-    return [
-        Measurement(
-            name=name,
-            loss=losses[name],
-            step_ms=1e3 * statistics.median(step_times[name]),
-            loss_ms=1e3 * statistics.median(loss_times[name]),
-            peak_mib=_peak_in_fresh_process(name, config, batch_size),
+        for variant in VARIANTS:
+            times[variant].append([_milliseconds(run, variant) for run in timed.values()])
+    measurements = {}
+    for variant in VARIANTS:
+        medians = map(statistics.median, zip(*times[variant], strict=True))
+        operation_ms = dict(zip(timed, medians, strict=True))
+        measurements[variant] = Measurement(
+            loss=losses[variant],
+            step_ms=operation_ms.pop("step"),
+            operation_ms=operation_ms,
+            peak_mib=_peak_in_fresh_process(variant, config, batch_size),
         )
-        for name in LOSSES
-    ]
+    return measurements
 
 
-def table(measurements: Sequence[Measurement]) -> str:
+def table(measurements: Mapping[Variant, Measurement]) -> str:
     """The measurements as text, with the ratio of each step's time to the fused one's."""
-    fused = measurements[0]
-    head = ("cross-entropy", "loss", "step", "", "of it loss", "peak memory")
-    lines = ["{:13}  {:>9}  {:>9}  {:7}  {:>10}  {:>11}".format(*head)]
-    for m in measurements:
-        peak = f"{m.peak_mib:,.0f} MiB" if m.peak_mib is not None else "unknown"
-        lines.append(
-            f"{m.name:13}  {m.loss:9.6f}  {m.step_ms:6.1f} ms  {m.step_ms / fused.step_ms:6.2f}x  "
-            f"{m.loss_ms:7.1f} ms  {peak:>11}"
-        )
-    return "\n".join(lines)
+    sections = []
+    for operation, variants in SECTIONS.items():
+        head = (operation, "loss", "step", "", f"of it {operation}", "peak memory")
+        lines = ["{:13}  {:>9}  {:>9}  {:7}  {:>19}  {:>11}".format(*head)]
+        for variant in variants:
+            m = measurements[variant]
+            ratio = m.step_ms / measurements[FUSED].step_ms
+            peak = f"{m.peak_mib:,.0f} MiB" if m.peak_mib is not None else "unknown"
+            lines.append(
+                f"{variant.name:13}  {m.loss:9.6f}  {m.step_ms:6.1f} ms  {ratio:6.2f}x  "
+                f"{m.operation_ms[operation]:16.1f} ms  {peak:>11}"
+            )
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
 
 
-def _prepare(config: GPTConfig, batch_size: int) -> tuple[Callable[[str], Tensor], Tensor]:
-    """A function that does one step with the loss of a name, and the targets (N,) of its batch."""
+def _training_step(config: GPTConfig, batch_size: int) -> Callable[[Variant], Tensor]:
     torch.manual_seed(0)
     model = GPT(config)
     # At a learning rate of 0 every step is done in full and starts from the same weights.
@@ -99,36 +120,73 @@ def _prepare(config: GPTConfig, batch_size: int) -> tuple[Callable[[str], Tensor
     tokens = torch.randint(config.vocab_size, (batch_size, config.block_size + 1))
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def step(name: str) -> Tensor:
-        loss: Tensor = model(x, y, loss_function(name))[1]
+    def step(variant: Variant) -> Tensor:
+        model.use_attention(attention_function(variant.attention))
+        loss: Tensor = model(x, y, loss_function(variant.loss))[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step, y.flatten()
+    return step
 
 
-def _peak_in_fresh_process(name: str, config: GPTConfig, batch_size: int) -> float | None:
-    task = {"name": name, "config": vars(config), "batch_size": batch_size}
+def _cross_entropy_alone(config: GPTConfig, batch_size: int) -> Callable[[Variant], object]:
+    rows = batch_size * config.block_size
+    logits = torch.randn(rows, config.vocab_size).requires_grad_()
+    targets = torch.randint(config.vocab_size, (rows,))
+
+    def run(variant: Variant) -> object:
+        return torch.autograd.grad(loss_function(variant.loss)(logits, targets), logits)
+
+    return run
+
+
+def _attention_alone(config: GPTConfig, batch_size: int) -> Callable[[Variant], object]:
+    """The attention of all layers, on heads that lie in memory as the model's do."""
+    shape = (batch_size, config.block_size, 3, config.n_head, config.n_embd // config.n_head)
+    heads = torch.randn(shape).transpose(1, 3).unbind(2)  # 3 x (B, nh, T, hs)
+    qkv = [part.requires_grad_() for part in heads]
+    upstream = torch.randn_like(qkv[0])
+
+    def run(variant: Variant) -> object:
+        attention = attention_function(variant.attention)
+        return [
+            torch.autograd.grad(attention(*qkv, is_causal=True), qkv, upstream)
+            for _ in range(config.n_layer)
+        ]
+
+    return run
+
+
+def _milliseconds(run: Callable[[Variant], object], variant: Variant) -> float:
+    start = time.perf_counter()
+    result = run(variant)
+    elapsed = time.perf_counter() - start
+    del result  # only now: to free the gradients is not the operation's work
+    return 1e3 * elapsed
+
+
+def _peak_in_fresh_process(variant: Variant, config: GPTConfig, batch_size: int) -> float | None:
+    task = {"variant": asdict(variant), "config": asdict(config), "batch_size": batch_size}
     task["threads"] = torch.get_num_threads()
     command = [sys.executable, "-m", "fastgpt.gpt.compare", "--peak", json.dumps(task)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {name!r} failed:\n{result.stderr}")
+        raise RuntimeError(f"measuring the memory of {variant} failed:\n{result.stderr}")
     peak: float | None = json.loads(result.stdout)
     return peak
 
 
-def _peak_here(task: dict[str, object]) -> float | None:
+def _peak_here(task: dict[str, Any]) -> float | None:
     """MiB that two steps add to the resident set of this process."""
-    torch.set_num_threads(int(str(task["threads"])))
-    config = GPTConfig(**task["config"])  # type: ignore[arg-type]
-    step, _ = _prepare(config, int(str(task["batch_size"])))
+    torch.set_num_threads(task["threads"])
+    step = _training_step(GPTConfig(**task["config"]), task["batch_size"])
+    variant = Variant(**task["variant"])
     before = _resident_mib("VmRSS")
-    step(str(task["name"]))
-    step(str(task["name"]))
+    step(variant)
+    step(variant)
     peak = _resident_mib("VmHWM")
     return peak - before if peak is not None and before is not None else None
 
@@ -149,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fastgpt.gpt.compare",
-        description="Compare a training step with the fused, torch's and the naive cross-entropy.",
+        description="Compare a training step with fused, torch's and written-out operations.",
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -164,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     config = PRESETS[options.preset]
     config = replace(config, vocab_size=options.vocab_size or config.vocab_size)
-    print(table(compare_losses(config, options.batch_size)))
+    print(table(compare_variants(config, options.batch_size)))
     return 0
 
 

@@ -1,8 +1,8 @@
 """The demonstration: `python -m fastgpt.gpt.demo`, at most five minutes on two CPU cores.
 
 Trains a GPT on the source of the Python standard library, with as many steps as fit the time on
-this machine; prints what the fused loss is worth in a training step, how far the validation loss
-falls below a bigram model's, and a sample.
+this machine; prints what the fused loss and attention are worth in a training step, how far the
+validation loss falls below a bigram model's, and a sample.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import torch
 
 import fastgpt
 
-from .compare import compare_losses, table
-from .config import PRESETS, TrainConfig
+from .compare import FUSED, compare_variants, table
+from .config import PRESETS, GPTConfig, TrainConfig
 from .data import Dataset, load_dataset
 from .errors import UsageError, run_command
 from .files import cache_dir
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     out = options.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
 
-    _title("One training step, three losses", begin)
+    _title("One training step, other losses, other attentions", begin)
     model_config = PRESETS[SETTINGS.preset]
-    _print_kernel(SETTINGS.batch_size * model_config.block_size, model_config.vocab_size)
-    measurements = compare_losses(model_config, SETTINGS.batch_size)
+    _print_kernels(model_config, SETTINGS.batch_size)
+    measurements = compare_variants(model_config, SETTINGS.batch_size)
     print(table(measurements))
 
     _title("The corpus", begin)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = begin + 60 * options.minutes
     until = begin + SHARE * 60 * options.minutes
     left = until - time.monotonic()
-    guess = plan(SETTINGS, 0, left, measurements[0].step_ms / 1e3)
+    guess = plan(SETTINGS, 0, left, measurements[FUSED].step_ms / 1e3)
     trainer = TimedTrainer(guess, out, data, until)
     print(
         f"{trainer.model.num_parameters():,} parameters, {torch.get_num_threads()} threads; "
@@ -122,10 +122,13 @@ def plan(settings: TrainConfig, done: int, seconds: float, pace: float) -> Train
     return replace(settings, steps=steps, warmup=min(settings.warmup, steps // 10))
 
 
-def _print_kernel(rows: int, vocab_size: int) -> None:
-    """Say which kernel the fused loss runs here."""
-    logits = torch.zeros(rows, vocab_size, requires_grad=True)
+def _print_kernels(config: GPTConfig, batch_size: int) -> None:
+    """Say which kernels the fused loss and attention run here."""
+    rows, head_dim = batch_size * config.block_size, config.n_embd // config.n_head
+    logits = torch.zeros(rows, config.vocab_size, requires_grad=True)
     print(fastgpt.explain(fastgpt.cross_entropy, logits, torch.zeros(rows, dtype=torch.int64)))
+    q = torch.zeros(batch_size, config.n_head, config.block_size, head_dim, requires_grad=True)
+    print(fastgpt.explain(fastgpt.scaled_dot_product_attention, q, q, q, is_causal=True))
 
 
 def _title(text: str, begin: float) -> None:

@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, C = n_embd, nh heads of hs = C / nh, V = vocab_si
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .config import GPTConfig
 from .errors import UsageError
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) -> a scalar
+AttentionFunction = Callable[..., Tensor]  # called like F.scaled_dot_product_attention
 
 
 class CausalSelfAttention(nn.Module):
@@ -28,6 +30,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.attention: AttentionFunction = fastgpt.scaled_dot_product_attention
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -38,7 +41,7 @@ class CausalSelfAttention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
             for part in self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
         )
-        y = fastgpt.scaled_dot_product_attention(
+        y = self.attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
         )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
@@ -129,6 +132,12 @@ class GPT(nn.Module):
             )
         return self.transformer(idx)
 
+    def use_attention(self, attention: AttentionFunction) -> None:
+        """Have every block call `attention`, not `fastgpt.scaled_dot_product_attention`."""
+        for module in self.modules():
+            if isinstance(module, CausalSelfAttention):
+                module.attention = attention
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """GPT-2's initialisation: N(0, 0.02), biases 0.
@@ -162,3 +171,19 @@ def loss_function(name: str) -> LossFunction:
 
         return naive_cross_entropy
     raise UsageError(f"loss must be one of fused, torch, naive, got {name!r}")
+
+
+def attention_function(name: str) -> AttentionFunction:
+    """The attention called "fused", "torch" or "explicit"; "explicit" writes QK^T to memory."""
+    if name == "fused":
+        return fastgpt.scaled_dot_product_attention
+    if name == "torch":
+        return F.scaled_dot_product_attention
+    if name == "explicit":
+        return _explicit_attention
+    raise UsageError(f"attention must be one of fused, torch, explicit, got {name!r}")
+
+
+def _explicit_attention(*args: Any, **kwargs: Any) -> Tensor:
+    with fastgpt.backend("eager"):
+        return fastgpt.scaled_dot_product_attention(*args, **kwargs)
