@@ -260,8 +260,8 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to (..., Hq, L, S): bool, True where a query may look at a key, or
             of query's type or float32, added to the scores.
         dropout_p: the probability of dropping a weight; applied whenever it is above zero.
-        is_causal: query i looks at keys j <= i (top-left alignment where L != S). Excludes
-            `attn_mask`.
+        is_causal: query i looks at keys j <= i (top-left alignment where L != S), of those that
+            `attn_mask` allows.
         scale: default 1 / sqrt(D).
         enable_gqa: grouped queries: Hq is a multiple of H, and each key head serves Hq / H query
             heads.
@@ -325,14 +325,11 @@ def _check_attention(
             f"{op}: enable_gqa expects query heads that are a multiple of the key and value heads, "
             f"got {shapes}"
         )
-    if attn_mask is not None:
-        if is_causal:
-            raise RuntimeError(f"{op}: expected attn_mask or is_causal, got both")
-        if attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
-            raise RuntimeError(
-                f"{op}: expected attn_mask of type bool, {query.dtype} or float32, got "
-                f"{attn_mask.dtype}"
-            )
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
+        raise RuntimeError(
+            f"{op}: expected attn_mask of type bool, {query.dtype} or float32, got "
+            f"{attn_mask.dtype}"
+        )
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"{op}: expected a dropout_p between 0 and 1, got {dropout_p}")
     return AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -204,6 +204,32 @@ def test_a_float32_mask_is_refused_beside_sixteen_bit_inputs():
     )
 
 
+@pytest.mark.parametrize("kind", ["bool", "additive", "bias", "a row of keys"])
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6)])
+def test_a_mask_and_is_causal_are_not_combined(kind, shape):
+    """Both must allow a position, as in torch's CPU kernel; its math backend refuses the pair."""
+    L, S = shape
+    allowed = mask(L, S)
+    allowed[1:, 0] = False
+    allowed[2, :3] = False
+    given = {
+        "bool": allowed,
+        "additive": torch.zeros(L, S).double().masked_fill(~allowed, -math.inf),
+        "bias": random_like(torch.empty(L, S, dtype=torch.float64)),
+        "a row of keys": allowed[-1:],
+    }[kind]
+    inputs = qkv(L=L, S=S)
+    out, *gradients = compare_with_torch(inputs, attn_mask=given, is_causal=True)
+    if kind != "bias":
+        both = allowed[-1:] if kind == "a row of keys" else allowed
+        both = both.expand(L, S) & torch.ones(L, S).tril().bool()
+        torch.testing.assert_close(out, formula(*inputs, both))
+        empty = ~both.any(-1)
+        assert empty.any()
+        for x in (out, gradients[0]):
+            assert not x[:, :, empty].any()
+
+
 # ---- dropout ----
 
 
@@ -297,20 +323,14 @@ def test_a_bad_call_is_accepted_or_raises_another_type(name):
     assert raised.type is expected.type
 
 
-@pytest.mark.parametrize(
-    ("args", "options"),
-    [((Q, K, V[:, :, :5]), {}), ((Q, K, V), {"attn_mask": mask(), "is_causal": True})],
-    ids=["fewer values than keys", "mask and causal"],
-)
-def test_what_torch_refuses_on_some_backends_only_is_accepted(args, options):
-    """torch documents both as errors. Its CPU kernel takes them all the same, and reads past the
-    end of the values.
-    """
+def test_fewer_values_than_keys_are_accepted():
+    """torch's CPU kernel takes them, and reads past the end of the values."""
+    few = V[:, :, :5]
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with math_only, pytest.raises(RuntimeError):
-        F.scaled_dot_product_attention(*args, **options)
+        F.scaled_dot_product_attention(Q, K, few)
     with pytest.raises(RuntimeError):
-        attention(*args, **options)
+        attention(Q, K, few)
 
 
 def test_a_list_or_a_bad_probability_is_accepted():
