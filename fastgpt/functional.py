@@ -267,7 +267,8 @@ def scaled_dot_product_attention(
             heads.
 
     Returns:
-        (..., Hq, L, Dv), of query's type. A query that may look at nothing gets zeros.
+        (..., Hq, L, Dv), of query's type; under autocast, of autocast's, to which all arguments
+        but float64 ones are cast. A query that may look at nothing gets zeros.
 
     Raises:
         RuntimeError, TypeError, ValueError: as torch, for shapes and types that do not fit.
@@ -289,6 +290,17 @@ def scaled_dot_product_attention(
     return eager_attention.scaled_dot_product_attention(*call)
 
 
+def _autocast(device: str, *tensors: Tensor | None) -> Any:
+    """The tensors as torch's autocast passes them on: float64 and what is not a float as it is."""
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    ]
+
+
 def _check_attention(
     query: Tensor,
     key: Tensor,
@@ -300,6 +312,7 @@ def _check_attention(
     enable_gqa: bool,
 ) -> AttentionCall:
     op = "scaled_dot_product_attention"
+    query, key, value, attn_mask = _autocast(query.device.type, query, key, value, attn_mask)
     shapes = f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise RuntimeError(
