@@ -1,23 +1,64 @@
 """`drop_in()`: an unmodified model on the fused kernels."""
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
-import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastgpt.functional import cross_entropy
+from fastgpt.functional import cross_entropy, scaled_dot_product_attention
 
-# torch's functions that have a fused kernel here. Attention joins when it has one.
-REPLACEMENTS: dict[Any, Callable[..., Any]] = {torch.nn.functional.cross_entropy: cross_entropy}
+
+def _check_key_padding_mask(mask: Tensor, keys: int, batch: int) -> None:
+    """torch's check, whose message the compiler can't take out of an inlined function."""
+    if mask.shape != (batch, keys):
+        raise AssertionError(
+            f"expected key_padding_mask of shape {[batch, keys]}, got {list(mask.shape)}"
+        )
+
+
+def _with_our_attention(function: Any) -> FunctionType:
+    """torch's own code of `function`, in a namespace where its attention is ours.
+
+    A Python function arrives in the mode whole, and runs where the mode no longer sees its calls.
+    """
+    names = {
+        **function.__globals__,
+        "scaled_dot_product_attention": scaled_dot_product_attention,
+        "_check_key_padding_mask": _check_key_padding_mask,
+    }
+    del names["__name__"]  # or the compiler looks the names up in the module of that name
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    names[function.__name__] = copy  # what it tells an outer mode or a tensor subclass to run
+    return copy
+
+
+# torch's functions that have a fused kernel here, and those that hide such a call from the mode.
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    F.cross_entropy: cross_entropy,
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.multi_head_attention_forward: _with_our_attention(F.multi_head_attention_forward),
+}
 
 
 class drop_in(TorchFunctionMode):
-    """Inside `with fastgpt.drop_in():`, torch's loss functions run on the fused kernels.
+    """Inside `with fastgpt.drop_in():`, torch's loss and attention functions are ours.
 
-    Covers `torch.nn.functional.cross_entropy` and `torch.nn.CrossEntropyLoss`, called from any
-    module. Nothing global is assigned to: the mode belongs to the thread that entered it, nests,
-    and ends with the block, also on an exception. A backward pass may run outside.
+    Covers `cross_entropy`, `scaled_dot_product_attention` and `multi_head_attention_forward` of
+    `torch.nn.functional`, and the modules that call them: `nn.CrossEntropyLoss`,
+    `nn.MultiheadAttention`, `nn.Transformer` and its layers. Nothing global is assigned to: the
+    mode belongs to the thread that entered it, nests, and ends with the block, also on an
+    exception. A backward pass may run outside.
+
+    Three calls stay torch's:
+
+    - `nn.MultiheadAttention` with `need_weights=True` (its default): a fused kernel never has the
+      weights.
+    - Nested tensors. The modules' inference fast path, which makes them, is not taken here.
+    - A compiled `nn.TransformerEncoderLayer` without gradients and in eval mode: the compiler
+      takes that fast path past any mode. `torch.backends.mha.set_fastpath_enabled(False)` ends it.
     """
 
     def __torch_function__(
@@ -27,4 +68,9 @@ class drop_in(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in REPLACEMENTS and not any(
+            isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values())
+        ):
+            func = REPLACEMENTS[func]
+        return func(*args, **kwargs)
