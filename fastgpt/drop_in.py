@@ -1,13 +1,21 @@
 """`drop_in()`: an unmodified model on the fused kernels."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
+from fastgpt import dispatch
 from fastgpt.functional import cross_entropy, scaled_dot_product_attention
 
 
@@ -35,11 +43,22 @@ def _with_our_attention(function: Any) -> FunctionType:
     return copy
 
 
+def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Only the compiler sends it through the mode, and would trace `function` outside of it."""
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with drop_in():
+            return function(*args, **kwargs)
+
+    return checkpoint(inside, *args, **kwargs)
+
+
 # torch's functions that have a fused kernel here, and those that hide such a call from the mode.
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: cross_entropy,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.multi_head_attention_forward: _with_our_attention(F.multi_head_attention_forward),
+    checkpoint: _checkpoint,
 }
 
 
@@ -50,7 +69,8 @@ class drop_in(TorchFunctionMode):
     `torch.nn.functional`, and the modules that call them: `nn.CrossEntropyLoss`,
     `nn.MultiheadAttention`, `nn.Transformer` and its layers. Nothing global is assigned to: the
     mode belongs to the thread that entered it, nests, and ends with the block, also on an
-    exception. A backward pass may run outside.
+    exception. A backward pass may run outside; activation checkpointing, which calls the model
+    again then, needs `fastgpt.checkpoint_context_fn`.
 
     Three calls stay torch's:
 
@@ -74,3 +94,46 @@ class drop_in(TorchFunctionMode):
         ):
             func = REPLACEMENTS[func]
         return func(*args, **kwargs)
+
+
+class _Recomputation(AbstractContextManager[None]):
+    """Inside it, `drop_in` and the preferred backend are as they were where this was made.
+
+    No mode has to be left: torch runs every backward pass outside of all of them. May be entered
+    again, since a second backward recomputes a second time.
+    """
+
+    def __init__(self) -> None:
+        inside = any(isinstance(mode, drop_in) for mode in _get_current_function_mode_stack())
+        self._mode = drop_in() if inside else nullcontext()
+        self._backend = dispatch.preferred()
+
+    def __enter__(self) -> None:
+        self._outer_backend = dispatch.prefer(self._backend)
+        self._mode.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._mode.__exit__(*exception)
+        dispatch.prefer(self._outer_backend)
+
+
+def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Activation checkpointing that recomputes on the kernels which the forward ran on.
+
+    Pass it as `torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False,
+    context_fn=fastgpt.checkpoint_context_fn)`. The recomputation runs during the backward pass,
+    maybe in another thread and after `fastgpt.drop_in()` and `fastgpt.backend(...)` have ended; it
+    is given the state that the forward had of both.
+
+    Inside `torch.compile` the recomputation is part of the graph, with the kernels that were chosen
+    when it was traced, and the checkpoint recomputes everything, as without this function. Enter
+    `drop_in()` in the compiled function: entered outside of it, it does not reach a checkpoint that
+    is compiled, which is an error with `fullgraph=True` and runs uncompiled without.
+    """
+    if torch.compiler.is_compiling():
+        return create_selective_checkpoint_contexts(_recompute)
+    return nullcontext(), _Recomputation()
+
+
+def _recompute(*args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,6 +1,7 @@
 """`fastgpt.drop_in()`: a model that imports nothing of ours runs on our kernels."""
 
 import threading
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import fastgpt
 from fastgpt.backends.eager import attention as eager_attention
@@ -527,4 +529,147 @@ def test_a_compiled_encoder_layer_runs_elsewhere_than_documented(fast_path):
         torch.backends.mha.set_fastpath_enabled(enabled)
     assert compiled_with_our_attention(counter) != fast_path
     assert_same([got], [want])
+    torch._dynamo.reset()
+
+
+# ---- activation checkpointing ----
+
+KERNEL = "fastgpt.cross_entropy_forward.default"
+TORCHS = "aten._log_softmax.default"
+
+
+class Checkpointed:
+    """A model whose attention and loss are recomputed in its backward pass."""
+
+    def __init__(self, context_fn=fastgpt.checkpoint_context_fn):
+        self.context = {"context_fn": context_fn} if context_fn else {}
+        self.attention = Attention()
+
+    def body(self, query, key, value):
+        logits = self.attention.forward(query, key, value).flatten(0, 1)
+        return F.cross_entropy(logits, torch.arange(L * B) % E)
+
+    def loss(self):
+        self.leaves = [x.clone().requires_grad_() for x in self.attention.inputs]
+        return checkpoint(self.body, *self.leaves, use_reentrant=False, **self.context)
+
+    def gradients(self, loss):
+        """They, and the names of the operators of the backward pass."""
+        leaves = [*self.leaves, *self.attention.module.parameters()]
+        for leaf in leaves:
+            leaf.grad = None
+        with Operators() as operators:
+            torch.autograd.backward(loss, retain_graph=True)
+        return [leaf.grad for leaf in leaves], operators.names
+
+
+def test_checkpointing_needs_no_context():
+    """If this fails because nothing is raised, `checkpoint_context_fn` has become superfluous."""
+    model = Checkpointed(context_fn=None)
+    with fastgpt.drop_in():
+        loss = model.loss()
+    with pytest.raises(CheckpointError):
+        model.gradients(loss)
+
+
+@pytest.mark.parametrize("forward_inside", [True, False])
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_the_recomputation_runs_elsewhere_than_the_forward(forward_inside, backward_inside):
+    model = Checkpointed()
+    want, _ = model.gradients(model.loss())
+    with fastgpt.drop_in() if forward_inside else nullcontext():
+        loss = model.loss()
+    for _ in range(2):  # a second backward recomputes again
+        with fastgpt.drop_in() if backward_inside else nullcontext():
+            got, names = model.gradients(loss)
+            assert uses_kernel() == backward_inside
+        assert (KERNEL in names) == forward_inside
+        assert (TORCHS in names) != forward_inside
+        assert_same(got, want)
+    if forward_inside:
+        assert attention_is_ours(lambda: model.gradients(loss))
+
+
+def test_the_recomputation_in_another_thread_runs_elsewhere():
+    model = Checkpointed()
+    with fastgpt.drop_in():
+        loss = model.loss()
+    seen = []
+
+    def work():
+        seen.append(model.gradients(loss)[1])
+        seen.append(uses_kernel())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert KERNEL in seen[0]
+    assert seen[1] is False
+
+
+def test_the_recomputation_forgets_the_preferred_backend():
+    model = Checkpointed()
+    with fastgpt.drop_in(), fastgpt.backend("eager"):
+        loss = model.loss()
+    assert KERNEL not in model.gradients(loss)[1]
+    with fastgpt.drop_in():
+        assert uses_kernel()
+        loss = model.loss()
+    with fastgpt.backend("eager"):
+        assert KERNEL in model.gradients(loss)[1]
+
+
+def test_the_restored_state_outlives_the_recomputation():
+    with fastgpt.drop_in():
+        _, recomputation = fastgpt.checkpoint_context_fn()
+    with fastgpt.backend("eager"):
+        for _ in range(2):
+            with recomputation:
+                assert uses_kernel()
+            with pytest.raises(KeyError), recomputation:
+                raise KeyError
+        with fastgpt.drop_in():
+            assert not uses_kernel()
+    assert not uses_kernel()
+
+
+@pytest.mark.parametrize("context_fn", [None, fastgpt.checkpoint_context_fn])
+def test_checkpointing_breaks_or_loses_the_mode_under_compile(context_fn):
+    torch._dynamo.reset()
+    model = Checkpointed(context_fn)
+    want, _ = model.gradients(model.loss())
+
+    def step(*inputs):
+        with fastgpt.drop_in():
+            return checkpoint(model.body, *inputs, use_reentrant=False, **model.context)
+
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(*model.leaves)
+    got, names = model.gradients(loss)
+    assert KERNEL in names
+    assert TORCHS not in names
+    assert_same(got, want)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_checkpoint_misses_the_mode_outside(fullgraph):
+    """The compiler can't enter a mode there: it raises, or leaves the call to eager execution."""
+    torch._dynamo.reset()
+    model = Checkpointed()
+    want, _ = model.gradients(model.loss())
+
+    @torch.compile(fullgraph=fullgraph, backend="aot_eager")
+    def step(*inputs):
+        return checkpoint(model.body, *inputs, use_reentrant=False, **model.context)
+
+    if fullgraph:
+        with fastgpt.drop_in(), pytest.raises(torch._dynamo.exc.Unsupported):
+            step(*model.leaves)
+    else:
+        with fastgpt.drop_in():
+            loss = step(*model.leaves)
+        got, names = model.gradients(loss)
+        assert KERNEL in names
+        assert TORCHS not in names
+        assert_same(got, want)
     torch._dynamo.reset()
