@@ -5,10 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch._guards import TracingContext
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -99,22 +104,31 @@ class drop_in(TorchFunctionMode):
 class _Recomputation(AbstractContextManager[None]):
     """Inside it, `drop_in` and the preferred backend are as they were where this was made.
 
-    No mode has to be left: torch runs every backward pass outside of all of them. May be entered
-    again, since a second backward recomputes a second time.
+    May be entered again: a second backward recomputes a second time.
     """
 
     def __init__(self) -> None:
-        inside = any(isinstance(mode, drop_in) for mode in _get_current_function_mode_stack())
-        self._mode = drop_in() if inside else nullcontext()
+        modes = _get_current_function_mode_stack()
+        self._replacing = any(isinstance(mode, drop_in) for mode in modes)
         self._backend = dispatch.preferred()
 
     def __enter__(self) -> None:
+        # On torch 2.10 a backward inside a mode runs in that mode.
+        self._outer_modes = _get_current_function_mode_stack()
         self._outer_backend = dispatch.prefer(self._backend)
-        self._mode.__enter__()
+        others = [mode for mode in self._outer_modes if not isinstance(mode, drop_in)]
+        _exchange_modes([*others, drop_in()] if self._replacing else others)
 
-    def __exit__(self, *exception: Any) -> None:
-        self._mode.__exit__(*exception)
+    def __exit__(self, *exception: object) -> None:
+        _exchange_modes(self._outer_modes)
         dispatch.prefer(self._outer_backend)
+
+
+def _exchange_modes(modes: list[TorchFunctionMode]) -> None:
+    for _ in _get_current_function_mode_stack():
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
 
 
 def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -126,11 +140,12 @@ def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContex
     is given the state that the forward had of both.
 
     Inside `torch.compile` the recomputation is part of the graph, with the kernels that were chosen
-    when it was traced, and the checkpoint recomputes everything, as without this function. Enter
-    `drop_in()` in the compiled function: entered outside of it, it does not reach a checkpoint that
-    is compiled, which is an error with `fullgraph=True` and runs uncompiled without.
+    when it was traced; what is recomputed is up to the compiler, as without this function. Enter
+    `drop_in()` in the compiled function: torch 2.13 can't take it into a checkpoint from outside,
+    and raises with `fullgraph=True` or runs the checkpoint uncompiled. torch 2.10 loses the mode
+    in a compiled checkpoint, and runs its own functions.
     """
-    if torch.compiler.is_compiling():
+    if TracingContext.try_get() is not None:  # is_compiling is false here on torch 2.10
         return create_selective_checkpoint_contexts(_recompute)
     return nullcontext(), _Recomputation()
 

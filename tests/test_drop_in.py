@@ -20,6 +20,8 @@ from fastgpt.backends.eager import attention as eager_attention
 class Operators(TorchDispatchMode):
     """The names of the operators that run inside the block."""
 
+    supports_higher_order_operators = True  # those of a compiled checkpoint
+
     def __enter__(self):
         self.names = []
         return super().__enter__()
@@ -633,6 +635,7 @@ def test_the_restored_state_outlives_the_recomputation():
     assert not uses_kernel()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch loses the mode there")
 @pytest.mark.parametrize("context_fn", [None, fastgpt.checkpoint_context_fn])
 def test_checkpointing_breaks_or_loses_the_mode_under_compile(context_fn):
     torch._dynamo.reset()
@@ -651,9 +654,12 @@ def test_checkpointing_breaks_or_loses_the_mode_under_compile(context_fn):
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch loses the mode there")
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_a_compiled_checkpoint_misses_the_mode_outside(fullgraph):
-    """The compiler can't enter a mode there: it raises, or leaves the call to eager execution."""
+    """Never silently. torch 2.13 can't enter a mode there: it raises, or leaves the call to eager
+    execution.
+    """
     torch._dynamo.reset()
     model = Checkpointed()
     want, _ = model.gradients(model.loss())
@@ -662,12 +668,12 @@ def test_a_compiled_checkpoint_misses_the_mode_outside(fullgraph):
     def step(*inputs):
         return checkpoint(model.body, *inputs, use_reentrant=False, **model.context)
 
-    if fullgraph:
-        with fastgpt.drop_in(), pytest.raises(torch._dynamo.exc.Unsupported):
-            step(*model.leaves)
-    else:
+    try:
         with fastgpt.drop_in():
             loss = step(*model.leaves)
+    except torch._dynamo.exc.Unsupported:
+        assert fullgraph
+    else:
         got, names = model.gradients(loss)
         assert KERNEL in names
         assert TORCHS not in names

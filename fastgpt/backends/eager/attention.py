@@ -26,7 +26,7 @@ def scaled_dot_product_attention(
     A query that may look at nothing gets zeros. 16-bit inputs are computed in float32.
     """
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # which would take the products to 16 bits
             return scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
