@@ -4,6 +4,7 @@ from fastgpt.backends import eager as _eager  # noqa: F401 (fills its column of 
 from fastgpt.backends import native as _native  # noqa: F401
 from fastgpt.dispatch import backend as backend
 from fastgpt.dispatch import read_environment as _read_environment
+from fastgpt.drop_in import checkpoint_context_fn as checkpoint_context_fn
 from fastgpt.drop_in import drop_in as drop_in
 from fastgpt.functional import Explanation as Explanation
 from fastgpt.functional import cross_entropy as cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "Explanation",
     "Info",
     "backend",
+    "checkpoint_context_fn",
     "cross_entropy",
     "drop_in",
     "explain",

@@ -96,11 +96,22 @@ def backend(name: str) -> Iterator[None]:
     backend can run nothing on this machine.
     """
     _check_backend(name, "fastgpt.backend")
-    previous, _preference.backend = _preference.backend, name
+    previous = prefer(name)
     try:
         yield
     finally:
-        _preference.backend = previous
+        prefer(previous)
+
+
+def preferred() -> str | None:
+    """The backend that this thread prefers by `fastgpt.backend`."""
+    return _preference.backend
+
+
+def prefer(name: str | None) -> str | None:
+    """Set the backend that this thread prefers; returns the one before."""
+    previous, _preference.backend = _preference.backend, name
+    return previous
 
 
 def choose(op: str, device: str, call: Any) -> list[Decision]:

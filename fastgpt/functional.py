@@ -248,14 +248,15 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to (..., Hq, L, S): bool, True where a query may look at a key, or
             of query's type or float32, added to the scores.
         dropout_p: the probability of dropping a weight; applied whenever it is above zero.
-        is_causal: query i looks at keys j <= i (top-left alignment where L != S). Excludes
-            `attn_mask`.
+        is_causal: query i looks at keys j <= i (top-left alignment where L != S), of those that
+            `attn_mask` allows.
         scale: default 1 / sqrt(D).
         enable_gqa: grouped queries: Hq is a multiple of H, and each key head serves Hq / H query
             heads.
 
     Returns:
-        (..., Hq, L, Dv), of query's type. A query that may look at nothing gets zeros.
+        (..., Hq, L, Dv), of query's type; under autocast, of autocast's, to which all arguments
+        but float64 ones are cast. A query that may look at nothing gets zeros.
 
     Raises:
         RuntimeError, TypeError, ValueError: as torch, for shapes and types that do not fit.
@@ -283,6 +284,17 @@ def scaled_dot_product_attention(
     return output.reshape(output_shape)
 
 
+def _autocast(device: str, *tensors: Tensor | None) -> Any:
+    """The tensors as torch's autocast passes them on: float64 and what is not a float as it is."""
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast to ask
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    ]
+
+
 def _check_attention(
     query: Tensor,
     key: Tensor,
@@ -294,6 +306,7 @@ def _check_attention(
     enable_gqa: bool,
 ) -> AttentionCall:
     op = "scaled_dot_product_attention"
+    query, key, value, attn_mask = _autocast(query.device.type, query, key, value, attn_mask)
     shapes = f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise RuntimeError(
@@ -319,14 +332,11 @@ def _check_attention(
             f"{op}: enable_gqa expects query heads that are a multiple of the key and value heads, "
             f"got {shapes}"
         )
-    if attn_mask is not None:
-        if is_causal:
-            raise RuntimeError(f"{op}: expected attn_mask or is_causal, got both")
-        if attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
-            raise RuntimeError(
-                f"{op}: expected attn_mask of type bool, {query.dtype} or float32, got "
-                f"{attn_mask.dtype}"
-            )
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
+        raise RuntimeError(
+            f"{op}: expected attn_mask of type bool, {query.dtype} or float32, got "
+            f"{attn_mask.dtype}"
+        )
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"{op}: expected a dropout_p between 0 and 1, got {dropout_p}")
     return AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -1,5 +1,6 @@
 """Scaled dot-product attention: the eager form against torch's and against the formula."""
 
+import itertools
 import math
 
 import pytest
@@ -204,6 +205,32 @@ def test_a_float32_mask_is_refused_beside_sixteen_bit_inputs():
     )
 
 
+@pytest.mark.parametrize("kind", ["bool", "additive", "bias", "a row of keys"])
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6)])
+def test_a_mask_and_is_causal_are_not_combined(kind, shape):
+    """Both must allow a position, as in torch's CPU kernel; its math backend refuses the pair."""
+    L, S = shape
+    allowed = mask(L, S)
+    allowed[1:, 0] = False
+    allowed[2, :3] = False
+    given = {
+        "bool": allowed,
+        "additive": torch.zeros(L, S).double().masked_fill(~allowed, -math.inf),
+        "bias": random_like(torch.empty(L, S, dtype=torch.float64)),
+        "a row of keys": allowed[-1:],
+    }[kind]
+    inputs = qkv(L=L, S=S)
+    out, *gradients = compare_with_torch(inputs, attn_mask=given, is_causal=True)
+    if kind != "bias":
+        both = allowed[-1:] if kind == "a row of keys" else allowed
+        both = both.expand(L, S) & torch.ones(L, S).tril().bool()
+        torch.testing.assert_close(out, formula(*inputs, both))
+        empty = ~both.any(-1)
+        assert empty.any()
+        for x in (out, gradients[0]):
+            assert not x[:, :, empty].any()
+
+
 # ---- dropout ----
 
 
@@ -297,20 +324,14 @@ def test_a_bad_call_is_accepted_or_raises_another_type(name):
     assert raised.type is expected.type
 
 
-@pytest.mark.parametrize(
-    ("args", "options"),
-    [((Q, K, V[:, :, :5]), {}), ((Q, K, V), {"attn_mask": mask(), "is_causal": True})],
-    ids=["fewer values than keys", "mask and causal"],
-)
-def test_what_torch_refuses_on_some_backends_only_is_accepted(args, options):
-    """torch documents both as errors. Its CPU kernel takes them all the same, and reads past the
-    end of the values.
-    """
+def test_fewer_values_than_keys_are_accepted():
+    """torch's CPU kernel takes them, and reads past the end of the values."""
+    few = V[:, :, :5]
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with math_only, pytest.raises(RuntimeError):
-        F.scaled_dot_product_attention(*args, **options)
+        F.scaled_dot_product_attention(Q, K, few)
     with pytest.raises(RuntimeError):
-        attention(*args, **options)
+        attention(Q, K, few)
 
 
 def test_a_list_or_a_bad_probability_is_accepted():
@@ -369,3 +390,85 @@ def test_attention_depends_on_the_order_of_what_it_looks_at():
     q, k, v = qkv()
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(attention(q, k[:, :, order], v[:, :, order]), attention(q, k, v))
+
+
+# ---- autocast ----
+
+AUTOCAST = [torch.bfloat16, torch.float16]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def run_under(autocast, function, inputs, **options):
+    """Output and gradients, or the type of what was raised."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    try:
+        with torch.autocast("cpu", autocast):
+            out = function(*leaves, **options)
+    except RuntimeError as error:
+        return type(error)
+    return [out.detach(), *torch.autograd.grad(out, leaves, random_like(out))]
+
+
+def agree(got, want, autocast):
+    """Of the same types, and as close as two roundings to the autocast type."""
+    if not isinstance(want, list):
+        assert got is want
+        return
+    tol = 1e-9 if want[0].dtype == torch.float64 else 8 * half_ulp(autocast)
+    for ours, torchs in zip(got, want, strict=True):
+        assert ours.dtype == torchs.dtype
+        torch.testing.assert_close(ours, torchs, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+def test_attention_runs_in_another_type_than_torchs(autocast):
+    """Every mixture of types, those that torch refuses included."""
+    for dtypes in itertools.product(FLOATS, repeat=3):
+        inputs = [x.to(dtype) for x, dtype in zip(qkv(), dtypes, strict=True)]
+        got, want = (
+            run_under(autocast, f, inputs) for f in (attention, F.scaled_dot_product_attention)
+        )
+        agree(got, want, autocast)
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("of_mask", [*FLOATS, torch.bool, torch.int64], ids=str)
+def test_a_mask_is_cast_otherwise_than_in_torch(autocast, dtype, of_mask):
+    inputs = qkv(dtype=dtype)
+    got, want = (
+        run_under(autocast, f, inputs, attn_mask=mask().to(of_mask))
+        for f in (attention, F.scaled_dot_product_attention)
+    )
+    agree(got, want, autocast)
+
+
+def test_eager_attention_computes_in_sixteen_bits():
+    """Only its arguments are cast: the scores and weights stay in float32."""
+    inputs = [4 * x for x in qkv(dtype=torch.bfloat16)]
+    want = attention(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(*inputs), want)
+
+
+def test_autocast_that_is_off_casts():
+    inputs = qkv(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert attention(*inputs).dtype == torch.float32
+
+
+def test_a_device_without_autocast_fails():
+    query = torch.empty(1, 2, 3, 4, device="meta")
+    assert attention(query, query, query).shape == query.shape
+
+
+def test_autocast_is_lost_under_compile():
+    def function(*inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return attention(*inputs, is_causal=True)
+
+    inputs = qkv(dtype=torch.float32)
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, function(*inputs))
+    torch._dynamo.reset()

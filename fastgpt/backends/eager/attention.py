@@ -25,6 +25,12 @@ def scaled_dot_product_attention(
 
     A query that may look at nothing gets zeros. 16-bit inputs are computed in float32.
     """
+    device = query.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # which would take the products to 16 bits
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            )
     dtype = query.dtype
     work = torch.promote_types(dtype, torch.float32)
     q, k, v = query.to(work), key.to(work), value.to(work)
@@ -33,17 +39,18 @@ def scaled_dot_product_attention(
         v = v.repeat_interleave(q.shape[-3] // v.shape[-3], dim=-3)
     # Without the scale the scores' variance is head_dim and the softmax starts out nearly one-hot.
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    if is_causal:  # no row is empty: every query may look at the first key
-        hidden = ~causal_mask(q.shape[-2], k.shape[-2], q.device)
-        weights = torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1)
-    elif attn_mask is not None:
+    if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, -math.inf)
         else:
             scores = scores + attn_mask.to(work)
+    if is_causal:
+        hidden = ~causal_mask(q.shape[-2], k.shape[-2], q.device)
+        scores = scores.masked_fill(hidden, -math.inf)
+    if attn_mask is None:  # no row is empty: every query may look at the first key
+        weights = torch.softmax(scores, dim=-1)
+    else:
         empty = (scores == -math.inf).all(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
-    else:
-        weights = torch.softmax(scores, dim=-1)
     weights = torch.dropout(weights, dropout_p, train=dropout_p > 0)
     return (weights @ v).to(dtype)
