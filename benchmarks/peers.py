@@ -9,6 +9,7 @@ naive form exceeds torch's error by its nature; it is held to being right in a f
 moderate logits.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -126,6 +127,7 @@ def cross_entropy_errors(
 
 
 def _update(errors: Errors, difference: Tensor, column: Tensor) -> None:
+    difference = difference.nan_to_num(nan=math.inf)  # which max() below would pass over
     errors.target = max(errors.target, difference.gather(1, column).max().item())
     errors.others = max(errors.others, difference.scatter_(1, column, 0).max().item())
 
