@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.compare import Comparison, RedGateError, compare, headline, markdown
-from benchmarks.shapes import CROSS_ENTROPY, CrossEntropyShape
+from benchmarks.shapes import Shape
 
 _results: dict[str, Comparison | RedGateError] = {}
 
@@ -18,16 +18,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def shape_of(item: pytest.Item) -> Shape | None:
+        callspec = getattr(item, "callspec", None)
+        return callspec.params.get("shape") if callspec else None
+
     names, long = config.getoption("shape") or [], config.getoption("long")
-    known = [shape.name for shape in CROSS_ENTROPY]
+    known = dict.fromkeys(shape.name for item in items if (shape := shape_of(item)))
     if unknown := set(names) - set(known):
         raise pytest.UsageError(
             f"--shape: expected one of {', '.join(known)}, got {', '.join(sorted(unknown))}"
         )
 
     def wanted(item: pytest.Item) -> bool:
-        callspec = getattr(item, "callspec", None)
-        shape = callspec.params.get("shape") if callspec else None
+        shape = shape_of(item)
         if shape is None:
             return True
         return shape.name in names if names else shape.quick or long
@@ -39,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def comparison(shape: CrossEntropyShape, request: pytest.FixtureRequest) -> Comparison:
+def comparison(shape: Shape, request: pytest.FixtureRequest) -> Comparison:
     """The interleaved measurement of a shape, made once for all its tests.
 
     Under --benchmark-disable it is the gate and one round.
