@@ -1,8 +1,9 @@
-"""Options of the benchmarks, and the table of ratios at the end of the run."""
+"""Options of the benchmarks, and the tables at the end of the run."""
 
 import pytest
 
 from benchmarks.compare import Comparison, RedGateError, compare, headline, markdown
+from benchmarks.replay import tables
 from benchmarks.shapes import Shape
 
 _results: dict[str, Comparison | RedGateError] = {}
@@ -51,11 +52,13 @@ def comparison(shape: Shape, request: pytest.FixtureRequest) -> Comparison:
         disabled = request.config.getoption("benchmark_disable", default=False)
         budget = request.config.getoption("budget")
         try:
-            _results[shape.name] = compare(
+            measured = _results[shape.name] = compare(
                 shape, budget=0 if disabled else budget, rounds=(2, 2) if disabled else (5, 300)
             )
+            tables.append(f"{headline(measured)}\n{markdown(measured)}")
         except RedGateError as red:
             _results[shape.name] = red
+            tables.append(f"{shape} ({shape.name}): no report: {red}")
     result = _results[shape.name]
     if isinstance(result, RedGateError):
         pytest.fail(f"no report: {result}", pytrace=False)
@@ -64,12 +67,7 @@ def comparison(shape: Shape, request: pytest.FixtureRequest) -> Comparison:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _results:
-        return
-    terminalreporter.section("time over fastgpt's, measured in the same rounds")
-    for name, result in _results.items():
-        if isinstance(result, RedGateError):
-            terminalreporter.write_line(f"{name}: no report: {result}\n", red=True)
-        else:
-            terminalreporter.write_line(headline(result))
-            terminalreporter.write_line(markdown(result) + "\n")
+    if tables:
+        terminalreporter.section("measured in the same rounds")
+    for table in tables:
+        terminalreporter.write_line(f"{table}\n")

@@ -1,7 +1,8 @@
-"""The rate of multiply-adds, from gemm.cpp, compiled on first use for each instruction set.
+"""The rates of gemm.cpp, multiply-adds alone and in small products, for each instruction set.
 
-Which sets this processor can run, the package's own dispatch says. Unlike the package, which must
-run anywhere, this is compiled for the machine it runs on, so flags choose the instruction set.
+It is compiled on first use. Which sets this processor can run, the package's own dispatch says.
+Unlike the package, which must run anywhere, this is compiled for the machine it runs on, so flags
+choose the instruction set.
 """
 
 import ctypes
@@ -34,32 +35,47 @@ _FLAGS = {
 
 
 class MicroKernel:
-    """The loops of gemm.cpp for an instruction set and a type, with torch's number of threads."""
+    """The loops of gemm.cpp for an instruction set and a type, with torch's number of threads.
 
-    # Long beside the start of a thread, short beside what disturbs a machine.
-    SECONDS = 0.005
+    Rates are floating-point operations per second, of all threads together.
+    """
 
     def __init__(self, isa: str, type_name: str) -> None:
         self._name = f"{isa} {type_name}"
-        self._multiply_add = _function(isa, f"multiply_add_{type_name}")
+        library = _library(isa)
+        self._multiply_add = _function(library, f"multiply_add_{type_name}", 1)
+        self._product = _function(library, f"product_{type_name}", 4)
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._threads)
-        self._steps = _repeats(self._multiply_add, self.SECONDS)
+        self._repeats: dict[tuple[int, ...], int] = {}
 
     def __str__(self) -> str:
         return self._name
 
     def fma_rate(self) -> float:
-        """Floating-point operations per second of all threads, on registers alone."""
-        return sum(self._pool.map(self._timed, range(self._threads)))
+        """Of multiply-adds on registers alone."""
+        return self._rate(self._multiply_add)
+
+    def product_rate(self, m: int, n: int, k: int) -> float:
+        """Of C (m, n) = A (m, k) B (k, n), a set of matrices for each thread; at most the sizes of
+        gemm.cpp's buffers.
+        """
+        return self._rate(self._product, m, n, k)
 
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _timed(self, thread: int) -> float:
-        start = time.perf_counter()
-        operations = self._multiply_add(self._steps)  # ctypes lets go of the GIL
-        return operations / (time.perf_counter() - start)
+    def _rate(self, loop: Callable[..., float], *sizes: int) -> float:
+        if sizes not in self._repeats:
+            self._repeats[sizes] = _repeats(lambda repeats: loop(*sizes, repeats))
+        repeats = self._repeats[sizes]
+
+        def timed(thread: int) -> float:
+            start = time.perf_counter()
+            operations = loop(*sizes, repeats)  # ctypes lets go of the GIL
+            return operations / (time.perf_counter() - start)
+
+        return sum(self._pool.map(timed, range(self._threads)))
 
 
 def kernel_of(dtype: torch.dtype) -> MicroKernel:
@@ -75,9 +91,9 @@ def kernel_of(dtype: torch.dtype) -> MicroKernel:
     return MicroKernel(isas[-1], "float32")
 
 
-def _function(isa: str, name: str) -> Callable[[int], float]:
-    function = getattr(_library(isa), name)
-    function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_double
+def _function(library: ctypes.CDLL, name: str, arguments: int) -> Callable[..., float]:
+    function = getattr(library, name)
+    function.argtypes, function.restype = [ctypes.c_int64] * arguments, ctypes.c_double
     return function
 
 
@@ -92,25 +108,26 @@ def _library(isa: str) -> ctypes.CDLL:
         library = Path(folder) / f"{isa}.so"
         command = [*shlex.split(compiler), "-O3", "-shared", "-fPIC", f"-I{_CSRC}", *_FLAGS[isa]]
         try:
-            subprocess.run(
-                [*command, str(_SOURCE), "-o", str(library)],
-                capture_output=True,
-                text=True,
-                check=True,
+            result = subprocess.run(
+                [*command, str(_SOURCE), "-o", str(library)], capture_output=True, text=True
             )
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = (getattr(error, "stderr", "") or str(error)).strip()
-            raise UnavailableError(f"gemm.cpp: {said.splitlines()[0]}") from error
+        except OSError as error:
+            raise UnavailableError(f"{compiler}: {error.strerror}") from error
+        if result.returncode != 0:
+            errors = (line for line in result.stderr.splitlines() if "error" in line)
+            raise UnavailableError(f"{compiler} on gemm.cpp: {next(errors, 'failed')}")
         return ctypes.CDLL(str(library))  # loaded, it outlives its file
 
 
-def _repeats(run: Callable[[int], object], seconds: float) -> int:
-    """How many repeats take about that long."""
+def _repeats(run: Callable[[int], object]) -> int:
+    """How many repeats take 5 ms: long beside the start of a thread, short beside what disturbs a
+    machine.
+    """
     repeats = 1
     while True:
         start = time.perf_counter()
         run(repeats)
         took = time.perf_counter() - start
-        if took > seconds / 4:
-            return max(1, round(repeats * seconds / took))
+        if took > 0.001:
+            return max(1, round(repeats * 0.005 / took))
         repeats *= 4

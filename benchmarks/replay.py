@@ -13,6 +13,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.compare import Comparison
 
+tables: list[str] = []  # what is printed at the end of the run
+
 _now = 0.0
 
 
