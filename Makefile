@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 SOURCES := $(wildcard setup.py csrc/*.cpp csrc/cpu/* csrc/cuda/*)
-FORMATTED := $(wildcard csrc/*.cpp csrc/cpu/* tests/*.cpp)
+FORMATTED := $(wildcard csrc/*.cpp csrc/cpu/* tests/*.cpp benchmarks/*.cpp)
 
 .PHONY: demo test lint format bench clean
 

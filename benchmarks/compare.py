@@ -1,7 +1,7 @@
 """One interleaved comparison: a gate for every provider, then rounds in which each runs once.
 
 In a round the order is shuffled, and each provider does a forward and a backward on the same
-logits; a ratio is formed within its round, so that what disturbs the machine for longer than a
+inputs; a ratio is formed within its round, so that what disturbs the machine for longer than a
 round disturbs both sides of it. What is reported is the median of the ratios and their quartiles.
 """
 
@@ -15,17 +15,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastgpt
-from benchmarks import peers
-from benchmarks.peers import Errors, LossFunction, Provider, UnavailableError
-from benchmarks.roofline import MemoryFloor
-from benchmarks.shapes import CrossEntropyShape
+from benchmarks import UnavailableError, gates, peers
+from benchmarks.gates import Errors, Function, Inputs
+from benchmarks.peers import Provider
+from benchmarks.shapes import Shape
 
 PASSES = ("forward", "backward", "full")
-FLOOR = "memory floor"
-FLOOR_BYTES = 64 << 20  # smaller logits may stay in a cache, and memory is no floor then
 
 
 class RedGateError(AssertionError):
@@ -53,12 +50,12 @@ class Row:
 
 @dataclass
 class Comparison:
-    shape: CrossEntropyShape
+    shape: Shape
     kernel: str  # the backend that ran for fastgpt
     threads: int
+    input_bytes: int  # of what is differentiated
     rows: list[Row]
-    read_bytes_per_second: float | None = None
-    copy_bytes_per_second: float | None = None  # read and written bytes together
+    floor_rates: dict[str, float] = field(default_factory=dict)
     floor_operations: str = ""
 
     def row(self, provider: str) -> Row:
@@ -78,6 +75,7 @@ class Comparison:
         result = asdict(self)
         result["shape"]["dtype"] = str(self.shape.dtype)
         result["rounds"] = self.rounds
+        result.update(result.pop("floor_rates"))
         for row, plain in zip(self.rows, result["rows"], strict=True):
             if row.measured:
                 plain["median_seconds"] = {p: row.median(p) for p in PASSES}
@@ -85,50 +83,46 @@ class Comparison:
         return result
 
 
-def compare(
-    shape: CrossEntropyShape,
-    providers: tuple[Provider, ...] = peers.CROSS_ENTROPY,
-    budget: float = 15.0,
-    rounds: tuple[int, int] = (5, 300),
-) -> Comparison:
-    """Gate the providers and measure them for about `budget` seconds, within limits on the
+def compare(shape: Shape, budget: float = 15.0, rounds: tuple[int, int] = (5, 300)) -> Comparison:
+    """Gate the op's providers and measure them for about `budget` seconds, within limits on the
     rounds.
 
     Raises RedGateError if fastgpt or torch eager fails its gate. Another provider that fails is
     left out, with the reason in its row.
     """
+    providers = peers.PROVIDERS[shape.op]
     rows = {p.name: Row(p.name) for p in providers}
     functions = _build(shape, providers, rows)
-    _gate(shape, providers, rows, functions)
-
-    leaf, logits, target = shape.inputs()
+    inputs = shape.inputs()
+    _gate(shape, providers, rows, functions, inputs)
     for name, function in functions.items():
-        rows[name].peak_bytes = _peak_bytes(function, leaf, logits, target)
+        rows[name].peak_bytes = _peak_bytes(function, inputs)
 
-    def timed(function: LossFunction) -> Callable[[], tuple[float, float]]:
-        return lambda: _forward_backward(function, leaf, logits, target)
+    def timed(function: Function) -> Callable[[], tuple[float, float]]:
+        return lambda: _forward_backward(function, inputs)
 
     runners = {name: timed(function) for name, function in functions.items()}
-    floor = MemoryFloor(shape.logits_bytes) if shape.logits_bytes >= FLOOR_BYTES else None
-    if floor is not None:
-        rows[FLOOR] = Row(FLOOR)
-        runners[FLOOR] = lambda: (floor.read(), floor.copy())
+    kernel = _kernel(functions[peers.FASTGPT], inputs)
+    floor_row = rows[shape.floor_name] = Row(shape.floor_name)
+    floor = None
+    try:
+        floor = runners[shape.floor_name] = shape.floor()
+    except UnavailableError as unavailable:
+        floor_row.reason = str(unavailable)
     _interleave(runners, rows, budget, rounds)
 
-    result = Comparison(
-        shape, _kernel(logits, target), torch.get_num_threads(), list(rows.values())
-    )
+    input_bytes = sum(x.nbytes for x in inputs.wanted)
+    result = Comparison(shape, kernel, torch.get_num_threads(), input_bytes, list(rows.values()))
     if floor is not None:
-        result.read_bytes_per_second = floor.bytes / rows[FLOOR].median("forward")
-        result.copy_bytes_per_second = 2 * floor.bytes / rows[FLOOR].median("backward")
-        result.floor_operations = f"{floor.reader}; {floor.copier}"
+        result.floor_rates = floor.rates(floor_row.median("forward"), floor_row.median("backward"))
+        result.floor_operations = floor.operations
         floor.close()
     return result
 
 
 def _build(
-    shape: CrossEntropyShape, providers: tuple[Provider, ...], rows: dict[str, Row]
-) -> dict[str, LossFunction]:
+    shape: Shape, providers: tuple[Provider, ...], rows: dict[str, Row]
+) -> dict[str, Function]:
     functions = {}
     for provider in providers:
         try:
@@ -139,38 +133,39 @@ def _build(
 
 
 def _gate(
-    shape: CrossEntropyShape,
+    shape: Shape,
     providers: tuple[Provider, ...],
     rows: dict[str, Row],
-    functions: dict[str, LossFunction],
+    functions: dict[str, Function],
+    inputs: Inputs,
 ) -> None:
     """Record the errors and take the providers whose gate is red out of `functions`."""
-    errors, largest = peers.cross_entropy_errors(shape, functions)
+    errors, largest = shape.errors(inputs, functions)
     for provider in providers:
         row = rows[provider.name]
         if row.reason:
             continue
         row.errors = errors[provider.name]
-        row.reason = peers.red(provider, row.errors, errors[peers.EAGER], largest, shape.dtype)
+        row.reason = gates.red(
+            row.errors, errors[peers.EAGER], largest, provider.allowed, shape.dtype
+        )
         if row.reason:
             row.red = True
             del functions[provider.name]
             if provider.name in (peers.FASTGPT, peers.EAGER):
-                raise RedGateError(row.reason)
+                raise RedGateError(f"{provider.name}: {row.reason}")
 
 
-def _kernel(logits: Tensor, target: Tensor) -> str:
-    backend = fastgpt.explain(fastgpt.cross_entropy, logits, target).backend
+def _kernel(function: Function, inputs: Inputs) -> str:
+    backend = fastgpt.explain(function, *inputs.arguments, **inputs.keywords).backend
     return f"native, {fastgpt.info().isa}" if backend == "native" else backend
 
 
-def _forward_backward(
-    function: LossFunction, leaf: Tensor, logits: Tensor, target: Tensor
-) -> tuple[float, float]:
+def _forward_backward(function: Function, inputs: Inputs) -> tuple[float, float]:
     start = time.perf_counter()
-    loss = function(logits, target)
+    value = inputs.value(function)
     middle = time.perf_counter()
-    torch.autograd.grad(loss, leaf)  # and the gradient is freed at once
+    inputs.gradients(value)  # and they are freed at once
     end = time.perf_counter()
     return middle - start, end - middle
 
@@ -204,21 +199,21 @@ def _interleave(
         gc.enable()
 
 
-def _peak_bytes(function: LossFunction, leaf: Tensor, logits: Tensor, target: Tensor) -> int:
-    """The most that torch's allocator held at once for one forward and backward, the gradient
+def _peak_bytes(function: Function, inputs: Inputs) -> int:
+    """The most that torch's allocator held at once for one forward and backward, the gradients
     included: from the profiler's record of every allocation, so it is exact and repeatable.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints each start and stop
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        gradient = torch.autograd.grad(function(logits, target), leaf)
+        gradients = inputs.gradients(inputs.value(function))
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    del gradient
+    del gradients
     return peak
 
 
@@ -235,24 +230,29 @@ def headline(comparison: Comparison) -> str:
         f"{comparison.threads} threads",
         f"{comparison.rounds} rounds",
     ]
-    if comparison.read_bytes_per_second and comparison.copy_bytes_per_second:
-        parts.append(
-            f"memory reads {comparison.read_bytes_per_second / 1e9:.1f} GB/s and copies "
-            f"{comparison.copy_bytes_per_second / 1e9:.1f} GB/s ({comparison.floor_operations})"
+    if comparison.floor_rates:
+        rates = " and ".join(
+            f"{rate / 1e9:.1f}e9 {name.replace('_', ' ')}"
+            for name, rate in comparison.floor_rates.items()
         )
+        parts.append(f"{rates} ({comparison.floor_operations})")
     return "; ".join(parts)
 
 
 def markdown(comparison: Comparison) -> str:
-    """Median times, and the ratios to fastgpt's time as median [quartiles] over the rounds."""
+    """Median times; the ratios to fastgpt's time as median [quartiles] over the rounds; and what
+    the median time means as a rate of the work that can't be avoided, with the share of the floor.
+    """
+    shape = comparison.shape
     lines = [
         "| | forward | backward | both | forward ÷ fastgpt | backward ÷ fastgpt | "
-        "both ÷ fastgpt | peak memory ÷ logits | gradient error |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "both ÷ fastgpt | forward rate | backward rate | peak memory ÷ inputs | gradient error |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
+    floor = comparison.row(shape.floor_name)
     for row in comparison.rows:
         if not row.measured:
-            lines.append(f"| {row.provider} | {row.reason} |" + " |" * 7)
+            lines.append(f"| {row.provider} | {row.reason} |" + " |" * 9)
             continue
         cells = [row.provider] + [_time(row.median(which)) for which in PASSES]
         for which in PASSES:
@@ -260,10 +260,16 @@ def markdown(comparison: Comparison) -> str:
             cells.append(
                 "1" if row.provider == peers.FASTGPT else f"{median:.2f} [{low:.2f}, {high:.2f}]"
             )
+        for which, work in zip(PASSES, shape.work(), strict=False):
+            rate = f"{work / row.median(which) / 1e9:.1f} G{shape.unit}"
+            if floor.measured:
+                rate += f" ({floor.median(which) / row.median(which):.0%})"
+            cells.append(rate)
         if row.peak_bytes is None or row.errors is None:
             cells += ["", ""]
         else:
-            cells.append(f"{row.peak_bytes / comparison.shape.logits_bytes:.2f}")
-            cells.append(f"{max(row.errors.target, row.errors.others):.1e}")
+            cells.append(f"{row.peak_bytes / comparison.input_bytes:.2f}")
+            _, *gradient_errors = row.errors.values()
+            cells.append(f"{max(gradient_errors):.1e}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

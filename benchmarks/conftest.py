@@ -1,9 +1,10 @@
-"""Options of the benchmarks, and the table of ratios at the end of the run."""
+"""Options of the benchmarks, and the tables at the end of the run."""
 
 import pytest
 
 from benchmarks.compare import Comparison, RedGateError, compare, headline, markdown
-from benchmarks.shapes import CROSS_ENTROPY, CrossEntropyShape
+from benchmarks.replay import tables
+from benchmarks.shapes import Shape
 
 _results: dict[str, Comparison | RedGateError] = {}
 
@@ -18,16 +19,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def shape_of(item: pytest.Item) -> Shape | None:
+        callspec = getattr(item, "callspec", None)
+        return callspec.params.get("shape") if callspec else None
+
     names, long = config.getoption("shape") or [], config.getoption("long")
-    known = [shape.name for shape in CROSS_ENTROPY]
+    known = dict.fromkeys(shape.name for item in items if (shape := shape_of(item)))
     if unknown := set(names) - set(known):
         raise pytest.UsageError(
             f"--shape: expected one of {', '.join(known)}, got {', '.join(sorted(unknown))}"
         )
 
     def wanted(item: pytest.Item) -> bool:
-        callspec = getattr(item, "callspec", None)
-        shape = callspec.params.get("shape") if callspec else None
+        shape = shape_of(item)
         if shape is None:
             return True
         return shape.name in names if names else shape.quick or long
@@ -39,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def comparison(shape: CrossEntropyShape, request: pytest.FixtureRequest) -> Comparison:
+def comparison(shape: Shape, request: pytest.FixtureRequest) -> Comparison:
     """The interleaved measurement of a shape, made once for all its tests.
 
     Under --benchmark-disable it is the gate and one round.
@@ -48,11 +52,13 @@ def comparison(shape: CrossEntropyShape, request: pytest.FixtureRequest) -> Comp
         disabled = request.config.getoption("benchmark_disable", default=False)
         budget = request.config.getoption("budget")
         try:
-            _results[shape.name] = compare(
+            measured = _results[shape.name] = compare(
                 shape, budget=0 if disabled else budget, rounds=(2, 2) if disabled else (5, 300)
             )
+            tables.append(f"{headline(measured)}\n{markdown(measured)}")
         except RedGateError as red:
             _results[shape.name] = red
+            tables.append(f"{shape} ({shape.name}): no report: {red}")
     result = _results[shape.name]
     if isinstance(result, RedGateError):
         pytest.fail(f"no report: {result}", pytrace=False)
@@ -61,12 +67,7 @@ def comparison(shape: CrossEntropyShape, request: pytest.FixtureRequest) -> Comp
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _results:
-        return
-    terminalreporter.section("time over fastgpt's, measured in the same rounds")
-    for name, result in _results.items():
-        if isinstance(result, RedGateError):
-            terminalreporter.write_line(f"{name}: no report: {result}\n", red=True)
-        else:
-            terminalreporter.write_line(headline(result))
-            terminalreporter.write_line(markdown(result) + "\n")
+    if tables:
+        terminalreporter.section("measured in the same rounds")
+    for table in tables:
+        terminalreporter.write_line(f"{table}\n")

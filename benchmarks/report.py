@@ -1,12 +1,14 @@
-"""Measure, print Markdown, and leave a dated JSON and a chart in benchmarks/results/.
+"""Measure, print Markdown, and leave a dated JSON and a chart of each op in benchmarks/results/.
 
-python -m benchmarks.report                      # the quick shapes
+python -m benchmarks.report                      # the quick shapes of every op
 python -m benchmarks.report --long               # and the long ones
+python -m benchmarks.report --op attention       # of one op
 python -m benchmarks.report --shape gpt2-fp32 --budget 60
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -21,8 +23,8 @@ import torch
 
 import fastgpt
 from benchmarks import peers
-from benchmarks.compare import FLOOR, Comparison, RedGateError, compare, headline, markdown
-from benchmarks.shapes import CROSS_ENTROPY
+from benchmarks.compare import Comparison, RedGateError, compare, headline, markdown
+from benchmarks.shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -100,8 +102,11 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
     """Bars of each peer's time over fastgpt's, forward and backward together, with quartiles."""
     from matplotlib.figure import Figure
 
-    colours = {peers.EAGER: "#c44e52", peers.COMPILED: "#4c72b0", peers.NAIVE: "#b0b0b0"}
-    step = len(colours) + 1
+    op = comparisons[0].shape.op
+    palette = {peers.COMPILED: "#4c72b0", peers.NAIVE: "#b0b0b0", peers.MATH: "#b0b0b0"}
+    palette[peers.EAGER] = "#c44e52"
+    names = [p.name for p in peers.PROVIDERS[op] if p.name != peers.FASTGPT]
+    step = len(names) + 1
     figure = Figure(figsize=(8.5, 1.2 + 1.05 * len(comparisons)), layout="constrained")
     axes = figure.subplots()
     reach = max(
@@ -111,32 +116,33 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
         if row.measured
     )
     for index, comparison in enumerate(comparisons):
-        for place, (name, colour) in enumerate(colours.items()):
+        for place, name in enumerate(names):
             at = index * step + place
             row = comparison.row(name)
             if not row.measured:
                 axes.text(1 + reach * 0.012, at, f"{name}: {row.reason}", va="center", fontsize=8)
                 continue
             low, median, high = comparison.ratio(name, "full")
-            axes.barh(at, median, color=colour, height=0.85, label=name)
+            axes.barh(at, median, color=palette[name], height=0.85, label=name)
             axes.errorbar(
                 median, at, xerr=[[median - low], [high - median]], color="0.15", capsize=2, lw=1
             )
             beside = high if median > 1 else max(high, 1)  # clear of the line at 1
             axes.text(beside + reach * 0.012, at, f"{median:.1f}", va="center", fontsize=9)
-        if any(row.provider == FLOOR for row in comparison.rows):
-            _, fraction, _ = comparison.ratio(FLOOR, "full")
+        floor = comparison.shape.floor_name
+        if comparison.row(floor).measured:
+            _, fraction, _ = comparison.ratio(floor, "full")
             axes.plot(
                 [fraction] * 2,
-                [index * step - 0.5, index * step + len(colours) - 0.5],
+                [index * step - 0.5, index * step + len(names) - 0.5],
                 color="black",
                 lw=1.5,
                 ls=":",
-                label="what memory bandwidth allows",
+                label=floor,
             )
     axes.axvline(1, color="#2a7f3f", lw=2, label="fastgpt")
     axes.set_yticks(
-        [index * step + 1 for index in range(len(comparisons))],
+        [index * step + (len(names) - 1) / 2 for index in range(len(comparisons))],
         [
             f"{c.shape}\n{c.row(peers.FASTGPT).median('full') * 1e3:.3g} ms with fastgpt"
             for c in comparisons
@@ -146,7 +152,7 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
     axes.set_xlim(0, reach * 1.1)
     axes.set_xlabel("time ÷ fastgpt's time, forward + backward (median, quartiles)")
     figure.suptitle(
-        f"cross-entropy: {where['cpu']}, {where['threads']} threads, {where['isa']}, "
+        f"{_title(op)}: {where['cpu']}, {where['threads']} threads, {where['isa']}, "
         f"torch {where['torch']}",
         fontsize=10,
     )
@@ -168,8 +174,9 @@ def main() -> None:
     )
     parser.add_argument("--long", action="store_true", help="measure the long shapes too")
     parser.add_argument(
-        "--shape", action="append", choices=[s.name for s in CROSS_ENTROPY], help="only this one"
+        "--shape", action="append", choices=[s.name for s in SHAPES], help="only this one"
     )
+    parser.add_argument("--op", action="append", choices=peers.PROVIDERS, help="only this one")
     parser.add_argument("--budget", type=float, default=15.0, help="seconds of rounds a shape (15)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
     arguments = parser.parse_args()
@@ -177,29 +184,38 @@ def main() -> None:
     where = machine()
     shapes = [
         shape
-        for shape in CROSS_ENTROPY
+        for shape in SHAPES
         if (shape.name in arguments.shape if arguments.shape else shape.quick or arguments.long)
+        and (not arguments.op or shape.op in arguments.op)
     ]
     print(f"{where['cpu']}, torch {where['torch']}, commit {where['commit']}")
     if where["load_average"] > 0.5:
         print(f"Other work disturbs this: the load average was {where['load_average']:.1f}.")
-    comparisons = []
-    for shape in shapes:
-        try:
-            comparison = compare(shape, budget=arguments.budget)
-        except RedGateError as red:
-            sys.exit(f"{shape}: no report: {red}")
-        comparisons.append(comparison)
-        print(f"\n{headline(comparison)}\n\n{markdown(comparison)}", flush=True)
+    for op, of_op in itertools.groupby(shapes, key=lambda shape: shape.op):
+        comparisons = []
+        for shape in of_op:
+            try:
+                comparison = compare(shape, budget=arguments.budget)
+            except RedGateError as red:
+                sys.exit(f"{shape}: no report: {red}")
+            comparisons.append(comparison)
+            print(f"\n{headline(comparison)}\n\n{markdown(comparison)}", flush=True)
+        _write(op, comparisons, where, arguments.out)
 
+
+def _title(op: str) -> str:
+    return op.replace("_", "-")
+
+
+def _write(op: str, comparisons: list[Comparison], where: dict[str, Any], folder: Path) -> None:
     date = datetime.datetime.now(datetime.timezone.utc)
     record = {
         "date": date.isoformat(timespec="seconds"),
-        "op": "cross_entropy",
+        "op": op,
         "machine": where,
         "comparisons": [comparison.as_json() for comparison in comparisons],
     }
-    stem = arguments.out / f"{date:%Y-%m-%d-%H%M%S}-cross-entropy-cpu"
+    stem = folder / f"{date:%Y-%m-%d-%H%M%S}-{_title(op)}-cpu"
     chart, numbers = stem.with_suffix(".png"), stem.with_suffix(".json")
     write_atomically(chart, lambda path: draw(comparisons, where, path))
     write_atomically(numbers, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))

@@ -1,4 +1,4 @@
-"""What the machine's memory allows, measured beside the kernels in the same rounds.
+"""What the machine allows, measured beside the kernels in the same rounds.
 
 Cross-entropy must read the logits once for the loss, and read them and write the gradient once for
 the backward: N x C is larger than the caches, so nothing of the first read is left. Its floor is
@@ -8,14 +8,52 @@ the backward: N x C is larger than the caches, so nothing of the first read is l
 
 Both are timed on buffers of the size of the logits, of pages that have been touched, by whichever
 of several torch operations is fastest on this machine.
+
+Attention is bound by arithmetic: its floor is the number of floating-point operations over the rate
+of multiply-adds on registers alone (gemm.py).
 """
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import torch
+
+from benchmarks.gemm import MicroKernel, kernel_of
+
+
+class Floor(Protocol):
+    operations: str  # what is timed
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds that a forward and a backward must take, measured now."""
+
+    def rates(self, forward: float, backward: float) -> dict[str, float]:
+        """The machine's rates, by name, from the floor's times."""
+
+    def close(self) -> None: ...
+
+
+class FmaFloor:
+    """The arithmetic of (forward, backward) operations on inputs of a type."""
+
+    def __init__(self, work: tuple[float, float], dtype: torch.dtype) -> None:
+        self._work = work
+        self._kernel: MicroKernel = kernel_of(dtype)
+        self.operations = f"multiply-adds of {self._kernel}"
+
+    def __call__(self) -> tuple[float, float]:
+        rate = self._kernel.fma_rate()
+        forward, backward = self._work
+        return forward / rate, backward / rate
+
+    def rates(self, forward: float, backward: float) -> dict[str, float]:
+        return {"operations_per_second": self._work[0] / forward}
+
+    def close(self) -> None:
+        self._kernel.close()
 
 
 class MemoryFloor:
@@ -41,16 +79,19 @@ class MemoryFloor:
             "Tensor.copy_": lambda: self.destination.copy_(self.source),
             "memmove in threads": self._memmove,
         }
-        self.reader, self._read = _fastest(readers)
-        self.copier, self._copy = _fastest(copiers)
+        reader, self._read = _fastest(readers)
+        copier, self._copy = _fastest(copiers)
+        self.operations = f"{reader}; {copier}"
 
-    def read(self) -> float:
-        """Seconds to read the buffer once."""
-        return _seconds(self._read)
+    def __call__(self) -> tuple[float, float]:
+        """Seconds to read the buffer once, and to read it once and write it once elsewhere."""
+        return _seconds(self._read), _seconds(self._copy)
 
-    def copy(self) -> float:
-        """Seconds to read it once and write it once elsewhere."""
-        return _seconds(self._copy)
+    def rates(self, forward: float, backward: float) -> dict[str, float]:
+        return {
+            "read_bytes_per_second": self.bytes / forward,
+            "copy_bytes_per_second": 2 * self.bytes / backward,  # read and written together
+        }
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -71,8 +112,8 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _fastest(candidates: dict[str, Callable[[], object]]) -> tuple[str, Callable[[], object]]:
-    times = {name: [] for name in candidates}
+def _fastest(candidates: Mapping[str, Callable[[], object]]) -> tuple[str, Callable[[], object]]:
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(5):
         for name, run in candidates.items():
             times[name].append(_seconds(run))

@@ -1,14 +1,73 @@
-"""The sizes that are measured. A name is also the argument of `--shape`."""
+"""The sizes that are measured. A name is also the argument of `--shape`.
+
+A shape knows its op's inputs, gate and floor; the rest of the machinery asks it and nobody else.
+"""
 
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+
+from benchmarks import UnavailableError
+from benchmarks.gates import (
+    Errors,
+    Function,
+    Inputs,
+    attention_errors,
+    cross_entropy_errors,
+)
+from benchmarks.roofline import Floor, FmaFloor, MemoryFloor
+
+
+class Shape(Protocol):
+    """What both ops' shapes have. They are dataclasses: their fields go into the report."""
+
+    op: ClassVar[str]
+    floor_name: ClassVar[str]
+    unit: ClassVar[str]  # of `work` in a second
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def quick(self) -> bool:
+        """Whether it is measured unless asked otherwise."""
+
+    def inputs(self) -> Inputs:
+        """The same numbers each time."""
+
+    def errors(
+        self, inputs: Inputs, functions: dict[str, Function]
+    ) -> tuple[dict[str, Errors], Errors]:
+        """For the gate: each function's errors, and the largest values they are errors of."""
+
+    def work(self) -> tuple[float, float]:
+        """What a forward and a backward must do at the least, in bytes or operations."""
+
+    def floor(self) -> Floor:
+        """Raises UnavailableError."""
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- cross-entropy ----
 
 
 @dataclass(frozen=True)
 class CrossEntropyShape:
     """Logits of `rows` x `classes` and class-index targets."""
+
+    op: ClassVar = "cross_entropy"
+    floor_name: ClassVar = "memory floor"
+    unit: ClassVar = "B/s"
+    floor_bytes: ClassVar = (
+        64 << 20
+    )  # smaller logits may stay in a cache, and memory is no floor then
 
     name: str
     rows: int
@@ -22,10 +81,8 @@ class CrossEntropyShape:
     def logits_bytes(self) -> int:
         return self.rows * self.classes * self.dtype.itemsize
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A leaf (B, T, C) or (N, C) of normal logits, its view that the loss is given, and the
-        targets; the same numbers each time.
-        """
+    def inputs(self) -> Inputs:
+        """Normal logits, a leaf (B, T, C) or (N, C), of which the loss is given a view."""
         generator = torch.Generator().manual_seed(0)
         leaf = torch.empty(self.rows, self.classes, dtype=self.dtype)
         leaf.normal_(generator=generator)
@@ -34,14 +91,27 @@ class CrossEntropyShape:
             leaf = leaf.view(-1, self.sequence, self.classes)
             target = target.view(-1, self.sequence)
         leaf.requires_grad_()
-        return leaf, leaf.transpose(1, 2) if self.sequence else leaf, target
+        return Inputs((leaf.transpose(1, 2) if self.sequence else leaf, target), {}, (leaf,))
+
+    def errors(
+        self, inputs: Inputs, functions: dict[str, Function]
+    ) -> tuple[dict[str, Errors], Errors]:
+        return cross_entropy_errors(inputs, functions)
+
+    def work(self) -> tuple[float, float]:
+        """Bytes: the logits are read in the forward, read and written in the backward."""
+        return self.logits_bytes, 2 * self.logits_bytes
+
+    def floor(self) -> Floor:
+        if self.logits_bytes < self.floor_bytes:
+            raise UnavailableError("the logits may stay in a cache")
+        return MemoryFloor(self.logits_bytes)
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
         size = f"{self.rows}x{self.classes}"
         if self.sequence:
             size = f"{self.rows // self.sequence}x{self.sequence}x{self.classes} transposed"
-        return f"{dtype} {size}"
+        return f"{_type_name(self.dtype)} {size}"
 
 
 CROSS_ENTROPY = (
@@ -65,3 +135,101 @@ CROSS_ENTROPY = (
         "gpt2-long-fp32", 8192, 50304, torch.float32, "a micro-batch of 8 x 1024", quick=False
     ),
 )
+
+
+# ---- attention ----
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Self-attention: query (B, Hq, L, D), key and value (B, H, S, D)."""
+
+    op: ClassVar = "attention"
+    floor_name: ClassVar = "FMA floor"
+    unit: ClassVar = "FLOP/s"
+
+    name: str
+    B: int
+    Hq: int
+    H: int
+    L: int
+    S: int
+    D: int
+    causal: bool
+    dtype: torch.dtype
+    why: str
+    quick: bool = True
+    fused_qkv: bool = False  # views (B, T, heads, D) -> (B, heads, T, D) of one projection
+
+    def inputs(self) -> Inputs:
+        """Normal query, key, value and upstream gradient."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=self.dtype).normal_(generator=generator)
+
+        upstream = normal(self.B, self.Hq, self.L, self.D)
+        if self.fused_qkv:
+            heads = (self.Hq, self.H, self.H)
+            projection = normal(self.B, self.L, sum(heads), self.D)
+            qkv = tuple(part.transpose(1, 2) for part in projection.split(heads, 2))
+        else:
+            key, value = (normal(self.B, self.H, self.S, self.D) for _ in range(2))
+            qkv = (normal(self.B, self.Hq, self.L, self.D), key, value)
+        qkv = tuple(x.detach().requires_grad_() for x in qkv)
+        keywords = {"is_causal": self.causal, "enable_gqa": self.Hq != self.H}
+        return Inputs(qkv, keywords, qkv, upstream)
+
+    def errors(
+        self, inputs: Inputs, functions: dict[str, Function]
+    ) -> tuple[dict[str, Errors], Errors]:
+        return attention_errors(inputs, functions)
+
+    def work(self) -> tuple[float, float]:
+        """Floating-point operations of the matmuls on the allowed pairs of query and key: two of
+        them in the forward (Q K^T and P V), five in the backward (Q K^T again, dO V^T, and those
+        that give dQ, dK and dV).
+        """
+        pairs = sum(min(i + 1, self.S) for i in range(self.L)) if self.causal else self.L * self.S
+        matmul = 2 * self.B * self.Hq * pairs * self.D
+        return 2 * matmul, 5 * matmul
+
+    def floor(self) -> Floor:
+        return FmaFloor(self.work(), self.dtype)
+
+    def __str__(self) -> str:
+        heads = f"{self.Hq}/{self.H}" if self.Hq != self.H else f"{self.Hq}"
+        kind = " causal" if self.causal else ""
+        view = " view" if self.fused_qkv else ""
+        return f"{_type_name(self.dtype)} {self.B}x{heads}x{self.L}x{self.D}{kind}{view}"
+
+
+_fp32, _bf16, _fp16 = torch.float32, torch.bfloat16, torch.float16
+
+ATTENTION = (
+    AttentionShape("attn-fp32", 2, 12, 12, 1024, 1024, 64, True, _fp32, "GPT-2's heads"),
+    AttentionShape("attn-bf16", 2, 12, 12, 1024, 1024, 64, True, _bf16, "the same in 16 bits"),
+    AttentionShape(
+        "attn-fp16", 2, 12, 12, 1024, 1024, 64, True, _fp16, "the other 16-bit type", quick=False
+    ),
+    AttentionShape("attn-full-fp32", 2, 12, 12, 1024, 1024, 64, False, _fp32, "an encoder's"),
+    AttentionShape(
+        "attn-full-bf16", 2, 12, 12, 1024, 1024, 64, False, _bf16, "the same in 16 bits"
+    ),
+    AttentionShape(
+        "attn-long-fp32", 1, 8, 8, 4096, 4096, 128, True, _fp32, "long, wide heads", quick=False
+    ),
+    AttentionShape(
+        "attn-long-bf16", 1, 8, 8, 4096, 4096, 128, True, _bf16, "the same in 16 bits", quick=False
+    ),
+    AttentionShape(
+        "attn-demo-fp32", 8, 6, 6, 256, 256, 64, True, _fp32, "as a GPT calls it", fused_qkv=True
+    ),
+    AttentionShape("attn-demo-bf16", 8, 6, 6, 256, 256, 64, True, _bf16, "short, in 16 bits"),
+    AttentionShape("attn-gqa-bf16", 1, 8, 2, 1024, 1024, 64, True, _bf16, "four queries to a key"),
+    AttentionShape("attn-1head-fp32", 1, 1, 1, 4096, 4096, 64, True, _fp32, "work for two threads"),
+    AttentionShape("attn-512-fp32", 2, 12, 12, 512, 512, 64, True, _fp32, "tiles of the diagonal"),
+    AttentionShape("attn-512-full-fp32", 2, 12, 12, 512, 512, 64, False, _fp32, "... and without"),
+)
+
+SHAPES: tuple[Shape, ...] = CROSS_ENTROPY + ATTENTION

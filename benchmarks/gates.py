@@ -1,0 +1,132 @@
+"""The check that each provider must pass before it is measured.
+
+Its gate is red if its error against float64, in the value or in one part of the gradient, is above
+`allowed` times that of torch's own function on the same input. What rounding alone may do is never
+red: half a unit in the last place of the part's largest number, and four of those in a loss, which
+is one number, so that torch's own error in it is a matter of luck. A naive form exceeds torch's
+error by its nature; it is held to being right in a few digits on these moderate inputs.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+Errors = dict[str, float]  # largest absolute error of each part: of the value first
+
+
+class Inputs(NamedTuple):
+    """One call of an op, and of which tensors it is differentiated."""
+
+    arguments: tuple[Tensor, ...]
+    keywords: dict[str, Any]
+    wanted: tuple[Tensor, ...]  # the gradients are of these
+    upstream: Tensor | None = None  # None: the value is a scalar
+
+    def value(self, function: Function) -> Tensor:
+        return function(*self.arguments, **self.keywords)
+
+    def gradients(self, value: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, self.wanted, self.upstream)
+
+
+def red(
+    errors: Errors, torch_errors: Errors, largest: Errors, allowed: float | None, dtype: torch.dtype
+) -> str:
+    """Why the gate is red; empty if it is green. `allowed` None: only roughly right."""
+    for part, error in errors.items():
+        own, value = torch_errors[part], largest[part]
+        if allowed is None:
+            limit = value * (0.05 if dtype.itemsize < 4 else 1e-4)
+        else:
+            rounding = torch.finfo(dtype).eps * (2 if part == "loss" else 0.5)
+            limit = max(allowed * own, rounding * value)
+        if not error <= limit:  # NaN is red too
+            return (
+                f"error {error:.2e} in {part} against float64, allowed {limit:.2e} "
+                f"(torch's own {own:.2e})"
+            )
+    return ""
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+# ---- attention ----
+
+
+def attention_errors(
+    inputs: Inputs, functions: dict[str, Function]
+) -> tuple[dict[str, Errors], Errors]:
+    """The errors of each function in the output and each gradient, and the largest reference
+    values they are errors of. The reference is torch's function in float64.
+    """
+
+    def parts(inputs: Inputs, function: Function) -> dict[str, Tensor]:
+        output = inputs.value(function)
+        names = ("output", "grad_query", "grad_key", "grad_value")
+        return dict(zip(names, (output.detach(), *inputs.gradients(output)), strict=True))
+
+    assert inputs.upstream is not None
+    wide = tuple(x.detach().double().requires_grad_() for x in inputs.arguments)
+    reference = parts(
+        Inputs(wide, inputs.keywords, wide, inputs.upstream.double()),
+        F.scaled_dot_product_attention,
+    )
+    errors = {}
+    for name, function in functions.items():
+        got = parts(inputs, function)
+        errors[name] = {part: _largest(got[part] - reference[part]) for part in reference}
+    return errors, {part: _largest(x) for part, x in reference.items()}
+
+
+# ---- cross-entropy ----
+
+
+def cross_entropy_errors(
+    inputs: Inputs, functions: dict[str, Function]
+) -> tuple[dict[str, Errors], Errors]:
+    """The errors of each function in the loss, in the gradient of the target's column and in that
+    of the others, and the largest reference values they are errors of.
+
+    The reference is computed for a few rows at a time: the logits in float64 would not fit.
+    """
+    (leaf,), target = inputs.wanted, inputs.arguments[1].flatten()
+    classes = leaf.shape[-1]
+    losses, gradients = {}, {}
+    for name, function in functions.items():
+        loss = inputs.value(function)
+        losses[name] = loss.item()
+        (gradient,) = inputs.gradients(loss)
+        gradients[name] = gradient.reshape(-1, classes)
+
+    errors = {name: {"loss": 0.0, "target": 0.0, "others": 0.0} for name in functions}
+    largest = {"loss": 0.0, "target": 0.0, "others": 0.0}
+    logits = leaf.detach().view(-1, classes)
+    rows = len(logits)
+    step = max(1, (8 << 20) // classes)
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        column = target[some].unsqueeze(1)
+        log_p = torch.log_softmax(logits[some].double(), 1)
+        largest["loss"] -= log_p.gather(1, column).sum().item() / rows
+        reference = log_p.exp_()
+        reference.scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float64))
+        reference /= rows
+        _update(largest, reference, column)
+        for name in functions:
+            _update(errors[name], gradients[name][some].double() - reference, column)
+    for name in functions:
+        errors[name]["loss"] = abs(losses[name] - largest["loss"])
+    return errors, largest
+
+
+def _update(errors: Errors, difference: Tensor, column: Tensor) -> None:
+    difference = difference.abs().nan_to_num_(nan=math.inf)  # which max() would pass over
+    errors["target"] = max(errors["target"], _largest(difference.gather(1, column)))
+    errors["others"] = max(errors["others"], _largest(difference.scatter_(1, column, 0)))
