@@ -131,7 +131,7 @@ def test_explain_knows_fewer_functions_than_it_says():
     for function in (fastgpt.scaled_dot_product_attention, F.scaled_dot_product_attention):
         explanation = fastgpt.explain(function, sequence, sequence, sequence)
         assert explanation.op == "scaled_dot_product_attention"
-        assert explanation.backend == "eager"
+        assert explanation.backend == "native"
         assert "native: not implemented" in str(explanation)
     with pytest.raises(TypeError, match="expected cross_entropy"):
         fastgpt.explain(torch.softmax, LOGITS, 1)

@@ -83,8 +83,11 @@ def four_dimensional(call: AttentionCall) -> FourDimensional:
             one = all(size == 1 for size in mask.shape[:-3])
             mask = mask if one else mask.expand(*batch[:-1], *mask.shape[-3:])
             mask = mask.reshape(-1, *mask.shape[-3:])
+    q, k, v = (fold_batch(x, n) for x, n in zip((q, k, v), heads, strict=True))
     return FourDimensional(
-        *(fold_batch(x, n) for x, n in zip((q, k, v), heads, strict=True)),
+        q,
+        k,
+        v,
         mask,
         1 / math.sqrt(q.shape[-1]) if call.scale is None else float(call.scale),
         torch.Size((*scores[:-1], v.shape[-1])),
