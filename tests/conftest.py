@@ -10,7 +10,7 @@ from fastgpt.backends import native
 
 
 class Backend:
-    """A backend under test. `cross_entropy` asserts that this backend is what runs the call."""
+    """A backend under test. Its functions assert that this backend is what runs the call."""
 
     def __init__(self, name: str, isa: str | None = None):
         self.name, self.isa = name, isa
@@ -19,11 +19,17 @@ class Backend:
         return f"{self.name}-{self.isa}" if self.isa else self.name
 
     def cross_entropy(self, *args, **kwargs):
-        explanation = fastgpt.explain(fastgpt.cross_entropy, *args, **kwargs)
+        return self._run(fastgpt.cross_entropy, *args, **kwargs)
+
+    def attention(self, *args, **kwargs):
+        return self._run(fastgpt.scaled_dot_product_attention, *args, **kwargs)
+
+    def _run(self, function, *args, **kwargs):
+        explanation = fastgpt.explain(function, *args, **kwargs)
         assert explanation.backend == self.name, str(explanation)
         if self.isa:
             assert native.isa() == self.isa
-        return fastgpt.cross_entropy(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 def _native_backends() -> list[Backend]:

@@ -1,10 +1,14 @@
-"""What the tests compare with: cross-entropy and its gradient in a wider type, and error measures.
+"""What the tests compare with: cross-entropy, attention and their gradients in a wider type; error
+measures; and the memory that a call holds.
 
 The formulas stand apart from both the kernels and the eager backend; the target's gradient is the
 sum of the others', so that it holds at p -> 1.
 """
 
-from typing import NamedTuple
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,10 +39,38 @@ def random_like(x: torch.Tensor, seed: int = 1) -> torch.Tensor:
 
 def gradient_of(function, logits, upstream):
     """The value of function(logits), and the gradient of the logits for this upstream gradient."""
-    logits = logits.detach().requires_grad_()
-    value = function(logits)
-    (gradient,) = torch.autograd.grad(value, logits, upstream)
-    return value.detach(), gradient
+    return gradients_of(function, [logits], upstream)
+
+
+def gradients_of(function, inputs, upstream):
+    """The value of function(*inputs), and the gradient of each for this upstream gradient."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    value = function(*leaves)
+    return value.detach(), *torch.autograd.grad(value, leaves, upstream)
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most that torch's allocator held at once for a call: its result included, and what was
+    there before not.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints each start and stop
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        kept = function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del kept
+    return peak
+
+
+def wide(x: torch.Tensor) -> np.ndarray:
+    """`x` as a NumPy array of a wider type: long double for float64, float64 for the rest."""
+    kind = np.longdouble if x.dtype == torch.float64 else np.float64
+    return x.detach().double().numpy().astype(kind)
 
 
 class Exact(NamedTuple):
@@ -52,8 +84,8 @@ def exact(logits: torch.Tensor, target: torch.Tensor, upstream: torch.Tensor) ->
     """Unreduced loss of (N, C) logits and the gradient for `upstream` (N,), in long double for
     float64 input and float64 for the rest.
     """
-    wide = np.longdouble if logits.dtype == torch.float64 else np.float64
-    x, g = logits.double().numpy().astype(wide), upstream.double().numpy().astype(wide)
+    x = wide(logits)
+    g = upstream.double().numpy().astype(x.dtype)
     rows, t = np.arange(x.shape[0]), target.numpy()
     shifted = x - x.max(1, keepdims=True)
     at_target = shifted[rows, t]
@@ -107,3 +139,95 @@ def within_half_ulp(got: torch.Tensor, want: np.ndarray, slack: float, flushed=F
     tiny = info.smallest_normal if flushed else 0.5 * info.smallest_normal * info.eps
     bound = (half_ulp(got.dtype) + slack) * abs(want) + tiny
     return bool((abs(got.double().numpy() - want) <= bound).all())
+
+
+# ---- attention ----
+
+TENSORS = ("output", "grad_query", "grad_key", "grad_value")
+
+
+def random_qkv(
+    B=2, Hq=2, H=2, L=5, S=7, D=8, Dv=8, *, dtype=torch.float64, size=1.0, offset=0.0, seed=0
+):
+    """Query (B, Hq, L, D), key (B, H, S, D) and value (B, H, S, Dv): normal, times `size`, plus
+    `offset`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (B, Hq, L, D), (B, H, S, D), (B, H, S, Dv)
+    return [
+        (torch.randn(s, generator=generator, dtype=torch.float64) * size + offset).to(dtype)
+        for s in shapes
+    ]
+
+
+def upstream_for(query, value, seed=1):
+    """A random upstream gradient (..., Hq, L, Dv) of the output."""
+    return random_like(query.new_empty(*query.shape[:-1], value.shape[-1]), seed)
+
+
+def attention_gradients(function, inputs, upstream=None, **options):
+    """The output and the gradients of query, key and value."""
+    if upstream is None:
+        upstream = upstream_for(inputs[0], inputs[2])
+    return gradients_of(lambda *x: function(*x, **options), inputs, upstream)
+
+
+def random_mask(*shape, seed=1):
+    """bool, at least one key for each query."""
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.rand(shape, generator=generator) < 0.6
+    allowed[..., 0] = True
+    return allowed
+
+
+def additive(allowed, dtype=torch.float64):
+    """A random additive mask, -inf where a boolean one is False."""
+    return random_like(torch.empty(allowed.shape, dtype=dtype)).masked_fill(~allowed, -math.inf)
+
+
+def exact_attention(
+    query, key, value, upstream, *, attn_mask=None, is_causal=False, scale=None
+) -> tuple[np.ndarray, ...]:
+    """Output and the gradients of query, key and value, for 4-dimensional inputs in a wider type.
+
+        P = softmax(scale Q K^T + mask)    O = P V    dP = dO V^T    dS = P (dP - rowsum(P dP))
+        dQ = scale dS K                    dK = scale dS^T Q         dV = P^T dO
+
+    A mask and `is_causal` must both allow a position. Keys and values are summed over the group of
+    query heads that share them.
+    """
+    q, k, v, g = map(wide, (query, key, value, upstream))
+    (B, Hq, L, D), (H, S) = q.shape, k.shape[1:3]
+    k, v = (x.repeat(Hq // H, axis=1) for x in (k, v))
+    scale = 1 / np.sqrt(q.dtype.type(D)) if scale is None else q.dtype.type(scale)
+    scores = q @ k.mT * scale
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.double().numpy()
+    elif attn_mask is not None:
+        scores = np.where(attn_mask.numpy(), scores, -np.inf)
+    if is_causal:
+        scores = np.where(np.tri(L, S, dtype=bool), scores, -np.inf)
+    highest = scores.max(-1, keepdims=True)
+    p = np.exp(scores - np.where(highest == -np.inf, 0, highest))
+    total = p.sum(-1, keepdims=True)
+    p = p / np.where(total == 0, 1, total)
+    dp = g @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
+
+    def of_group(gradient):
+        return gradient.reshape(B, H, Hq // H, S, -1).sum(2)
+
+    return (
+        p @ v,
+        ds @ k,
+        of_group(ds.mT @ q),
+        of_group(p.mT @ g),
+    )
+
+
+def relative_errors(found, truth) -> list[float]:
+    """The largest error of each tensor, relative to the largest magnitude of its truth."""
+    return [
+        float(abs(got.double().numpy() - want).max() / abs(want).max())
+        for got, want in zip(found, truth, strict=True)
+    ]
