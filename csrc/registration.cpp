@@ -10,12 +10,14 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <new>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -181,10 +183,21 @@ Heads<void> heads_of_result(const Tensor& x) {
   return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// (B, H, N, columns), in memory as (B, N, H, columns): what a model makes of it next is a view.
-Tensor new_heads(const Tensor& like, const Tensor& heads, int64_t columns) {
-  return torch::stable::transpose(
-      torch::stable::new_empty(like, {heads.size(0), heads.size(2), heads.size(1), columns}), 1, 2);
+// (B, H, N, columns), in memory as (B, N, H, columns): what a model makes of it next is a view. Not
+// the transpose of a new tensor, which autograd would take for a view of somebody's.
+Tensor new_heads(const Tensor& heads, int64_t columns) {
+  const int64_t B = heads.size(0), H = heads.size(1), N = heads.size(2);
+  const std::vector<int64_t> sizes{B, H, N, columns};
+  const std::vector<int64_t> strides{N * H * columns, columns, H * columns, 1};
+  using torch::stable::detail::from;
+  std::array<StableIValue, 7> stack{from(heads),        from(sizes),        from(strides),
+                                    from(std::nullopt), from(std::nullopt), from(std::nullopt),
+                                    from(std::nullopt)};
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(),
+                                        TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
+                  "attention: no memory for a result of shape (", B, ", ", H, ", ", N, ", ",
+                  columns, ")");
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 AttentionMask mask_of(const std::optional<Tensor>& mask, const Tensor& query, int64_t keys) {
@@ -260,9 +273,10 @@ void run_attention(const AttentionKernel<Arguments>& kernel, const Arguments& ar
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, Tensor key, Tensor value,
-                                                         std::optional<Tensor> mask, bool is_causal,
-                                                         double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, Tensor key,
+                                                                 Tensor value,
+                                                                 std::optional<Tensor> mask,
+                                                                 bool is_causal, double scale) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "expected query, key and value of four dimensions");
   query = with_unit_columns(query);
@@ -271,24 +285,25 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, Tensor ke
   const DType dtype = dtype_of(query);
   AttentionForward arguments;
   static_cast<Attention&>(arguments) = attention_of(query, key, value, mask, is_causal, scale);
-  Tensor output = new_heads(query, query, value.size(3));
+  Tensor output = new_heads(query, value.size(3));
+  Tensor rounding =
+      new_heads(query, accumulator_of(dtype) == query.scalar_type() ? 0 : value.size(3));
   const auto per_row = [&] {
     return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)},
                                     accumulator_of(dtype));
   };
   Tensor row_max = per_row(), row_sum = per_row();
   arguments.output = heads_of_result(output);
+  arguments.rounding = heads_of_result(rounding);
   arguments.row_max = row_max.mutable_data_ptr();
   arguments.row_sum = row_sum.mutable_data_ptr();
   run_attention(active_kernels().attention_forward[dtype], arguments, query);
-  return {output, row_max, row_sum};
+  return {output, rounding, row_max, row_sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad_output, Tensor query,
-                                                          Tensor key, Tensor value,
-                                                          std::optional<Tensor> mask, Tensor output,
-                                                          Tensor row_max, Tensor row_sum,
-                                                          bool is_causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
+    Tensor output, Tensor rounding, Tensor row_max, Tensor row_sum, bool is_causal, double scale) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "expected query, key and value of four dimensions");
   query = with_unit_columns(query);
@@ -297,26 +312,31 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad_output, Te
   const DType dtype = dtype_of(query);
   AttentionBackward arguments;
   static_cast<Attention&>(arguments) = attention_of(query, key, value, mask, is_causal, scale);
-  const Tensor* outputs[] = {&grad_output, &output};
+  const bool rounded = accumulator_of(dtype) != query.scalar_type();
+  const Tensor* outputs[] = {&grad_output, &output, &rounding};
   for (const Tensor* x : outputs) {
+    const int64_t columns = x != &rounding || rounded ? value.size(3) : 0;
     STD_TORCH_CHECK(x->dim() == 4 && x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
-                        x->size(2) == query.size(2) && x->size(3) == value.size(3) &&
+                        x->size(2) == query.size(2) && x->size(3) == columns &&
                         x->scalar_type() == query.scalar_type(),
-                    "expected grad_output and output (B, Hq, L, Dv) of query's type");
+                    "expected grad_output, output and, of 16-bit types, rounding (B, Hq, L, Dv) of "
+                    "query's type");
   }
-  const Tensor* statistics[] = {&row_max, &row_sum};
-  for (const Tensor* x : statistics) {
+  for (Tensor* x : {&row_max, &row_sum}) {
     STD_TORCH_CHECK(x->dim() == 3 && x->numel() == query.size(0) * query.size(1) * query.size(2) &&
-                        x->is_contiguous() && x->scalar_type() == accumulator_of(dtype),
-                    "expected row_max and row_sum (B, Hq, L), contiguous, in the accumulator type");
+                        x->scalar_type() == accumulator_of(dtype),
+                    "expected row_max and row_sum (B, Hq, L) in the accumulator type");
+    *x = torch::stable::contiguous(*x);
   }
   grad_output = with_unit_columns(grad_output);
   output = with_unit_columns(output);
-  Tensor grad_query = new_heads(query, query, query.size(3));
-  Tensor grad_key = new_heads(key, key, key.size(3));
-  Tensor grad_value = new_heads(value, value, value.size(3));
+  rounding = with_unit_columns(rounding);
+  Tensor grad_query = new_heads(query, query.size(3));
+  Tensor grad_key = new_heads(key, key.size(3));
+  Tensor grad_value = new_heads(value, value.size(3));
   arguments.grad_output = heads_of(grad_output);
   arguments.output = heads_of(output);
+  arguments.rounding = heads_of(rounding);
   arguments.row_max = row_max.const_data_ptr();
   arguments.row_sum = row_sum.const_data_ptr();
   arguments.grad_query = heads_of_result(grad_query);

@@ -280,8 +280,9 @@ def scaled_dot_product_attention(
     if backend == "eager":
         return eager_attention.scaled_dot_product_attention(*call)
     q, k, v, mask, factor, output_shape = four_dimensional(call)
-    output, _, _ = Attention.apply(q, k, v, mask, call.is_causal, factor, backend)
-    return output.reshape(output_shape)
+    output: Tensor = Attention.apply(q, k, v, mask, call.is_causal, factor, backend)[0]
+    # Not a view of itself, which could not be changed in place.
+    return output if output.shape == output_shape else output.reshape(output_shape)
 
 
 def _autocast(device: str, *tensors: Tensor | None) -> Any:

@@ -515,15 +515,21 @@ def test_a_fake_kernel_promises_another_layout(best_native, raw, layout, dtype):
         assert got.stride() == promised.stride()
         assert got.dtype == promised.dtype
     statistics = [accumulator(dtype)] * 2
-    assert [x.dtype for x in real] == [dtype, *statistics, dtype, dtype, dtype]
-    assert real[1].shape == real[2].shape == (2, 4, 3)
+    assert [x.dtype for x in real] == [dtype, dtype, *statistics, dtype, dtype, dtype]
+    assert real[1].shape == (*real[0].shape[:3], real[0].shape[3] * (dtype != accumulator(dtype)))
+    assert real[2].shape == real[3].shape == (2, 4, 3)
 
 
 def test_a_raw_operators_own_gradient_is_wrong(native_backend, raw):
     inputs, mask, is_causal, scale = raw(torch.float64)
     options = (mask, is_causal, scale)
     forward, backward = operators()
-    assert [x.requires_grad for x in forward(*leaves(inputs), *options)] == [True, False, False]
+    assert [x.requires_grad for x in forward(*leaves(inputs), *options)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
     assert torch.autograd.gradcheck(lambda *x: forward(*x, *options)[0], leaves(inputs))
 
     def gradients(upstream, *inputs):

@@ -49,6 +49,13 @@ static inline void copy_row(const bf16* x, int64_t n, bf16_pair* out) {
   if (n % 2 != 0) out[n / 2].part[1] = bf16{0};
 }
 
+// A register of operands along the sum, zeros behind the n numbers that there are.
+template <class T>
+static inline Vec<acc_t<T>> load_operands(const T* x, int64_t n, acc_t<T>) {
+  using V = Vec<acc_t<T>>;
+  return n >= V::width ? V::load(x) : load_partial<acc_t<T>>(x, int(n), acc_t<T>(0));
+}
+
 // One row of B for `copy_row`'s A, or two: `padded` columns, zeros behind the n that there are.
 template <class T>
 static inline void copy_row_of_b(const T* x, const T*, int64_t n, int64_t padded, acc_t<T>* out) {
@@ -57,6 +64,13 @@ static inline void copy_row_of_b(const T* x, const T*, int64_t n, int64_t padded
 }
 
 #if defined(FASTGPT_AVX512_BF16)
+// Pairs in the lanes of floats, which are only moved.
+static inline Vec<float> load_operands(const bf16* x, int64_t n, bf16_pair) {
+  bf16 pairs[2 * Vec<float>::width] = {};
+  if (n < 2 * Vec<float>::width) x = static_cast<bf16*>(memcpy(pairs, x, size_t(n) * sizeof(bf16)));
+  return {_mm512_loadu_ps(x)};
+}
+
 static inline void copy_row_of_b(const bf16* first, const bf16* second, int64_t n, int64_t padded,
                                  bf16_pair* out) {
   using V = Vec<float>;
@@ -100,6 +114,7 @@ struct Tiling {
   static constexpr int64_t width = Vec<A>::width;
   static constexpr int64_t panel = Tile::registers * width;  // columns of B that lie together
   static constexpr int64_t terms = Operand<E>::terms;
+  static constexpr bool rounds = sizeof(T) != sizeof(A);  // the output
   static_assert(kKeyTile % panel == 0 && kQueryBlock % Tile::rows == 0 && kQueryBlock % 2 == 0, "");
 
   int64_t depth, value_depth;      // operands along head_dim and value_dim
@@ -130,20 +145,18 @@ struct Tiling {
     }
   }
   static void pack_transposed_b(const T* x, int64_t row_stride, int64_t rows, int64_t n, E* out) {
-    constexpr int64_t most = 64;  // operands of a row at a time
-    const int64_t depth = ceil_div(n, terms);
-    for (int64_t start = 0; start < rows; start += panel, out += depth * panel) {
-      for (int64_t d = 0; d < depth; d += most) {
-        const int64_t some = smaller(most, depth - d);
-        const int64_t there = smaller(panel, rows - start);
-        E row[most];
-        for (int64_t j = 0; j < there; ++j) {
-          copy_row(x + (start + j) * row_stride + d * terms, smaller(n - d * terms, most * terms),
-                   row);
-          for (int64_t i = 0; i < some; ++i) out[(d + i) * panel + j] = row[i];
-        }
-        for (int64_t i = 0; i < some; ++i) {
-          for (int64_t j = there; j < panel; ++j) out[(d + i) * panel + j] = E();
+    for (int64_t start = 0; start < rows; start += panel, out += ceil_div(n, terms) * panel) {
+      for (int64_t j = 0; j < panel; j += width) {
+        for (int64_t d = 0; d < n; d += width * terms) {
+          Vec<A> block[width];
+          for (int64_t i = 0; i < width; ++i) {
+            const int64_t r = start + j + i;
+            block[i] = load_operands(x + r * row_stride + d, r < rows ? n - d : 0, E());
+          }
+          transpose(block);
+          for (int64_t i = 0; i < width && d + i * terms < n; ++i) {
+            block[i].store(reinterpret_cast<A*>(out + (d / terms + i) * panel + j));
+          }
         }
       }
     }
@@ -182,8 +195,9 @@ static inline int64_t visible_keys(const Attention& a, int64_t query, int64_t ke
 
 constexpr double kLog2e = 1.4426950408889634;
 
-// Scores are in units of log 2 from here on, x log2(e), so that their exponential is a power of 2.
-// A row of products s becomes scores as factor * s: without a mask at the next use of s, for free.
+// A row of products s stands for scores of factor * s, in units of log 2, x log2(e), so that their
+// exponential is a power of 2. Without a mask the factor holds the scale; a mask is added to scores
+// proper, and their factor is 1. The saved maximum is one of s, whichever that is.
 
 // Scores for a register of products and the mask's lanes.
 template <class A>
@@ -192,9 +206,15 @@ static inline Vec<A> masked(Vec<A> s, Vec<A> factor, const uint8_t* allowed) {
 }
 template <class A, class M>
 static inline Vec<A> masked(Vec<A> s, Vec<A> factor, const M* bias) {
-  const Vec<A> b = Vec<A>::load(bias), lowest = Vec<A>::all(A(-INFINITY));
-  const Vec<A> x = fma(s, factor, b * Vec<A>::all(A(kLog2e)));
-  return where_equal(b, lowest, lowest, x);  // -inf hides a score of NaN, too
+  using V = Vec<A>;
+  const A largest = sizeof(A) == sizeof(float) ? A(3.40282347e38f) : A(1.7976931348623157e308);
+  const V b = V::load(bias), infinity = V::all(A(INFINITY)), lowest = V::all(-A(INFINITY));
+  // A mask of the smallest number is not one of -inf: it must not become that in other units.
+  const V scaled = b * V::all(A(kLog2e));
+  const V down = where_equal(scaled, lowest, V::all(-largest), scaled);
+  const V units = where_equal(down, infinity, where_equal(b, infinity, b, V::all(largest)), down);
+  // -inf hides a score of NaN, too.
+  return where_equal(b, lowest, lowest, fma(s, factor, units));
 }
 
 template <class A, class M>
@@ -236,21 +256,26 @@ static inline acc_t<T> mask_row(const Attention& a, int64_t b, int64_t h, int64_
 }
 
 // The products of the rows of `a` with the keys of one tile: s (rows, kKeyTile), as far as each
-// group of Tile::rows queries sees.
+// group of Tile::rows queries sees. A long head_dim is summed in pieces, for accuracy.
 template <class T>
 static void products(const Attention& x, int64_t query, int64_t rows, int64_t key, int64_t n,
                      const operand_t<T>* a, int64_t a_row, const operand_t<T>* b, int64_t depth,
                      acc_t<T>* s) {
   using L = Tiling<T>;
-  for (int64_t start = 0; start < n; start += L::panel, b += depth * L::panel) {
-    for (int64_t r = 0; r < rows; r += Tile::rows) {
-      const int64_t some = smaller(Tile::rows, rows - r);
-      const int64_t seen = visible_keys(x, query + r + some - 1, key, n) - start;
-      if (seen <= 0) continue;
-      const int registers = int(ceil_div(smaller(seen, L::panel), L::width));
-      product<operand_t<T>>({depth, a + r * a_row, a_row, 1, b, L::panel, s + r * kKeyTile + start,
-                             kKeyTile, Into::kFresh, nullptr},
-                            int(some), registers);
+  constexpr int64_t most = 128;
+  for (int64_t start = 0; start < n; start += L::panel) {
+    for (int64_t d = 0; d < depth; d += most) {
+      for (int64_t r = 0; r < rows; r += Tile::rows) {
+        const int64_t some = smaller(Tile::rows, rows - r);
+        const int64_t seen = visible_keys(x, query + r + some - 1, key, n) - start;
+        if (seen <= 0) continue;
+        const int registers = int(ceil_div(smaller(seen, L::panel), L::width));
+        product<operand_t<T>>(
+            {smaller(most, depth - d), a + r * a_row + d, a_row, 1, b, L::panel,
+             s + r * kKeyTile + start, kKeyTile, d == 0 ? Into::kFresh : Into::kSum, nullptr},
+            int(some), registers);
+      }
+      b += smaller(most, depth - d) * L::panel;
     }
   }
 }
@@ -270,6 +295,18 @@ static inline void store_row(const acc_t<T>* x, acc_t<T> factor, int64_t n, T* o
   int64_t i = 0;
   for (; i + V::width <= n; i += V::width) (V::load(x + i) * V::all(factor)).store(out + i);
   for (; i < n; ++i) out[i] = narrow<T>(x[i] * factor);
+}
+
+// What `store_row` rounded off, in T.
+template <class T>
+static inline void store_rounding(const acc_t<T>* x, acc_t<T> factor, int64_t n, const T* rounded,
+                                  T* out) {
+  using V = Vec<acc_t<T>>;
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) {
+    (V::load(x + i) * V::all(factor) - V::load(rounded + i)).store(out + i);
+  }
+  for (; i < n; ++i) out[i] = narrow<T>(x[i] * factor - widen(rounded[i]));
 }
 
 // ---- forward ----
@@ -325,20 +362,21 @@ static void pack_forward(const AttentionForward& a, const Tiling<T>& l, const Fo
 }
 
 template <class A>
-static inline A row_maximum(const A* s, int64_t n, A factor) {
+static inline A row_maximum(const A* s, int64_t n) {
   using V = Vec<A>;
   V top = V::all(A(-INFINITY));
-  for (int64_t j = 0; j < n; j += V::width) top = max(top, V::load(s + j) * V::all(factor));
+  for (int64_t j = 0; j < n; j += V::width) top = max(top, V::load(s + j));
   return top.reduce_max();
 }
 
-// One row's products to weights 2^(factor s - shift), zeros from n up to `padded`; their sum.
+// One row's products to weights 2^(factor (s - shift)), zeros from n up to `padded`; their sum. The
+// difference first: the largest weight is 1 to the last bit, and stays so in 16 bits.
 template <class A, class E>
 static inline A softmax_row(const A* s, int64_t n, int64_t padded, A factor, A shift, E* weights) {
   using V = Vec<A>;
   V sum = V::all(0);
   const auto some = [&](int64_t j, auto&& w) {
-    for (V& x : w) x = fma(V::load(s + j + (&x - w) * V::width), V::all(factor), V::all(-shift));
+    for (V& x : w) x = (V::load(s + j + (&x - w) * V::width) - V::all(shift)) * V::all(factor);
     exp2(w);
     for (const V& x : w) {
       store_weights(x, weights, j + (&x - w) * V::width);
@@ -364,12 +402,12 @@ static void softmax_rows(const AttentionForward& a, int64_t b, int64_t h, int64_
   using A = typename L::A;
   using V = Vec<A>;
   constexpr int64_t lanes = (Tile::rows + V::width - 1) / V::width * V::width;
-  A factor[lanes], before[lanes] = {}, shift[lanes] = {};
+  A factor[lanes] = {}, before[lanes] = {}, shift[lanes] = {};
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t visible = visible_keys(a, query + i, key, n);
     A* s = to.scores + (r + i) * kKeyTile;
     factor[i] = mask_row<T>(a, b, h, query + i, key, visible, s);
-    const A top = row_maximum(s, visible, factor[i]);
+    const A top = row_maximum(s, visible);
     A& m = to.row_max[r + i];
     before[i] = m;
     if (!(top <= m)) m = top;
@@ -378,7 +416,7 @@ static void softmax_rows(const AttentionForward& a, int64_t b, int64_t h, int64_
   }
   for (int64_t i = 0; i < lanes; i += V::width) {
     // A NaN in `before` is in the sum as well, and stays there.
-    V shrink[1] = {V::load(before + i) - V::load(shift + i)};
+    V shrink[1] = {(V::load(before + i) - V::load(shift + i)) * V::load(factor + i)};
     exp2(shrink);
     shrink[0].store(before + i);
   }
@@ -437,9 +475,13 @@ static void forward_block(const AttentionForward& a, const Tiling<T>& l, const F
   A* row_max = static_cast<A*>(a.row_max) + head * a.queries + query;
   A* row_sum = static_cast<A*>(a.row_sum) + head * a.queries + query;
   for (int64_t r = 0; r < rows; ++r) {
-    const A sum = to.row_sum[r];
-    store_row(to.output + r * l.value_columns, sum == 0 ? A(0) : 1 / sum, a.value_dim,
-              at<T>(a.output, b, h, query + r));
+    const A sum = to.row_sum[r], factor = sum == 0 ? A(0) : 1 / sum;
+    A* exact = to.output + r * l.value_columns;
+    T* output = at<T>(a.output, b, h, query + r);
+    store_row(exact, factor, a.value_dim, output);
+    if (L::rounds) {
+      store_rounding(exact, factor, a.value_dim, output, at<T>(a.rounding, b, h, query + r));
+    }
     row_max[r] = sum == 0 ? A(0) : to.row_max[r];
     row_sum[r] = sum;
   }
@@ -474,7 +516,7 @@ struct BackwardMemory {
   E *keys_transposed, *values_transposed, *keys;
   uint8_t* finite_keys;
   // Of a block of queries: Q and the upstream gradient G, as A and as B of a product; delta; and
-  // whether Q and G are finite.
+  // whether Q, G and the statistics are finite.
   E *query_a, *query_b, *grad_a, *grad_b;
   int64_t query_row, grad_row;  // operands between rows of the `_a`
   A* delta;
@@ -575,28 +617,34 @@ static void pack_query_block(const AttentionBackward& a, const Tiling<T>& l,
     L::pack_a(grad, a.grad_output.row, rows, a.value_dim,
               to.grad_a + block * kQueryBlock * l.value_depth);
   }
-  bool finite = true;
+  const int64_t first_row = head * a.queries + query;
+  bool finite = all_finite(static_cast<const A*>(a.row_max) + first_row, rows) &&
+                all_finite(static_cast<const A*>(a.row_sum) + first_row, rows);
   for (int64_t r = 0; r < rows; ++r) {
     const T* g = grad + r * a.grad_output.row;
-    to.delta[block * kQueryBlock + r] = dot<A>(g, at<T>(a.output, b, h, query + r), a.value_dim);
+    A& delta = to.delta[block * kQueryBlock + r];
+    delta = dot<A>(g, at<T>(a.output, b, h, query + r), a.value_dim);
+    if (L::rounds) delta += dot<A>(g, at<T>(a.rounding, b, h, query + r), a.value_dim);
     finite &= all_finite(q + r * a.query.row, a.head_dim) && all_finite(g, a.value_dim);
   }
   to.finite_queries[block] = finite;
 }
 
 // One row's products and dp of a tile to the weights p and ds; zeros from n up to `padded`. Where
-// values may be NaN, ds is not p * dp where p is 0.
+// NaN may be about, what is masked gets 0 whatever m is, and ds is not p * dp where p is 0.
 template <bool kFinite, class A>
 static inline void gradient_row(A* s, A* dp, int64_t n, int64_t padded, A factor, A m, A inverse,
                                 A delta) {
   using V = Vec<A>;
   const V zero = V::all(0);
+  const V lowest = V::all(A(-INFINITY));
   const auto some = [&](int64_t j, auto&& p) {
-    for (V& x : p) x = fma(V::load(s + j + (&x - p) * V::width), V::all(factor), V::all(-m));
+    for (V& x : p) x = (V::load(s + j + (&x - p) * V::width) - V::all(m)) * V::all(factor);
     exp2(p);
     for (V& x : p) {
       const int64_t at = j + (&x - p) * V::width;
       x = x * V::all(inverse);
+      if (!kFinite) x = where_equal(V::load(s + at), lowest, zero, x);
       const V ds = x * (V::load(dp + at) - V::all(delta));
       x.store(s + at);
       (kFinite ? ds : where_equal(x, zero, zero, ds)).store(dp + at);

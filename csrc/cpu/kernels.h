@@ -66,13 +66,14 @@ struct Attention {
 };
 
 struct AttentionForward : Attention {
-  Heads<void> output;  // the storage type
-  void* row_max;       // (B, query_heads, L) accumulator type: m = max_j of the scores, * log2(e)
-  void* row_sum;       // the same: sum_j 2^(score_j log2(e) - m); both 0 for a row that sees no key
+  Heads<void> output;    // the storage type
+  Heads<void> rounding;  // what rounding took from it, if the accumulator type is another
+  void* row_max;         // (B, query_heads, L) accumulator type: m = max_j of the scores, * log2(e)
+  void* row_sum;  // the same: sum_j 2^(score_j log2(e) - m); both 0 for a row that sees no key
 };
 
 struct AttentionBackward : Attention {
-  Heads<const void> grad_output, output;
+  Heads<const void> grad_output, output, rounding;
   const void* row_max;
   const void* row_sum;
   Heads<void> grad_query, grad_key, grad_value;

@@ -204,6 +204,48 @@ static inline Vec<double> scale_by_power(Vec<double> a, Vec<double> n) {
   return {_mm512_scalef_pd(a.v, n.v)};
 }
 
+// Rows to columns: first within 128-bit lanes, then among them.
+static inline void transpose_lanes(__m512 (&x)[4]) {
+  const __m512 a = _mm512_shuffle_f32x4(x[0], x[1], 0x88),
+               b = _mm512_shuffle_f32x4(x[0], x[1], 0xdd);
+  const __m512 c = _mm512_shuffle_f32x4(x[2], x[3], 0x88),
+               d = _mm512_shuffle_f32x4(x[2], x[3], 0xdd);
+  x[0] = _mm512_shuffle_f32x4(a, c, 0x88);
+  x[1] = _mm512_shuffle_f32x4(b, d, 0x88);
+  x[2] = _mm512_shuffle_f32x4(a, c, 0xdd);
+  x[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+}
+static inline void transpose(Vec<float> (&x)[16]) {
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[i].v, x[i + 1].v));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(x[i].v, x[i + 1].v));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x[i + 2].v, x[i + 3].v));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(x[i + 2].v, x[i + 3].v));
+    x[i].v = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    x[i + 1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    x[i + 2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    x[i + 3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  for (int i = 0; i < 4; ++i) {
+    __m512 lanes[4] = {x[i].v, x[4 + i].v, x[8 + i].v, x[12 + i].v};
+    transpose_lanes(lanes);
+    for (int j = 0; j < 4; ++j) x[4 * j + i].v = lanes[j];
+  }
+}
+static inline void transpose(Vec<double> (&x)[8]) {
+  __m512 even[4], odd[4];
+  for (int i = 0; i < 4; ++i) {
+    even[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(x[2 * i].v, x[2 * i + 1].v));
+    odd[i] = _mm512_castpd_ps(_mm512_unpackhi_pd(x[2 * i].v, x[2 * i + 1].v));
+  }
+  transpose_lanes(even);
+  transpose_lanes(odd);
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i].v = _mm512_castps_pd(even[i]);
+    x[2 * i + 1].v = _mm512_castps_pd(odd[i]);
+  }
+}
+
 static inline void stream_fence() { _mm_sfence(); }
 
 #elif defined(FASTGPT_AVX2)
@@ -346,6 +388,33 @@ static inline Vec<double> scale_by_power(Vec<double> a, Vec<double> n) {
   return {_mm256_mul_pd(_mm256_mul_pd(a.v, power(half)), power(_mm_sub_epi32(whole, half)))};
 }
 
+// Rows to columns: first within 128-bit lanes, then among them.
+static inline void transpose(Vec<float> (&x)[8]) {
+  for (int i = 0; i < 8; i += 4) {
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x[i].v, x[i + 1].v));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(x[i].v, x[i + 1].v));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(x[i + 2].v, x[i + 3].v));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(x[i + 2].v, x[i + 3].v));
+    x[i].v = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    x[i + 1].v = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    x[i + 2].v = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    x[i + 3].v = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m256 first = x[i].v, second = x[4 + i].v;
+    x[i].v = _mm256_permute2f128_ps(first, second, 0x20);
+    x[4 + i].v = _mm256_permute2f128_ps(first, second, 0x31);
+  }
+}
+static inline void transpose(Vec<double> (&x)[4]) {
+  const __m256d a = _mm256_unpacklo_pd(x[0].v, x[1].v), b = _mm256_unpackhi_pd(x[0].v, x[1].v);
+  const __m256d c = _mm256_unpacklo_pd(x[2].v, x[3].v), d = _mm256_unpackhi_pd(x[2].v, x[3].v);
+  x[0].v = _mm256_permute2f128_pd(a, c, 0x20);
+  x[1].v = _mm256_permute2f128_pd(b, d, 0x20);
+  x[2].v = _mm256_permute2f128_pd(a, c, 0x31);
+  x[3].v = _mm256_permute2f128_pd(b, d, 0x31);
+}
+
 static inline void stream_fence() { _mm_sfence(); }
 
 #else  // portable
@@ -387,6 +456,9 @@ struct Vec {
   A reduce_max() const { return v; }
   A reduce_add() const { return v; }
 };
+
+template <class A>
+static inline void transpose(Vec<A> (&)[1]) {}
 
 static inline void stream_fence() {}
 

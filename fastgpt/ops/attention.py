@@ -97,7 +97,7 @@ def four_dimensional(call: AttentionCall) -> FourDimensional:
 # ---- the closed forms in torch operations ----
 
 # Elements of the scores that are in memory at once, or one query's if that is more.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 class _Problem:
@@ -122,11 +122,12 @@ class _Problem:
 
     def grouped(self, x: Tensor) -> Tensor:
         """(B, Hq, L, columns) as (B, H, Hq / H, L, columns)."""
-        return x.to(self.work).unflatten(1, (self.H, self.Hq // self.H))
+        return x.to(self.work).reshape(self.B, self.H, self.Hq // self.H, self.L, x.shape[-1])
 
     def ungrouped(self, chunks: list[Tensor]) -> Tensor:
         """The inverse, of chunks of queries (B, H, Hq / H, l, columns), in the caller's type."""
-        return torch.cat(chunks, 3).flatten(1, 2).to(self.dtype)
+        x = torch.cat(chunks, 3).to(self.dtype)
+        return x.reshape(self.B, self.Hq, self.L, x.shape[-1])
 
     def chunks(self) -> Iterator[slice]:
         """Ranges of the queries."""
@@ -136,14 +137,14 @@ class _Problem:
     def mask_rows(self, mask: Tensor, rows: slice) -> Tensor:
         """Those rows of a mask, broadcastable to (B, H, Hq / H, l, S)."""
         if mask.shape[2] != 1:
-            mask = mask[:, :, rows]
+            mask = mask.narrow(2, rows.start, rows.stop - rows.start)
         if mask.shape[1] == 1:
             return mask.unsqueeze(2)
-        return mask.unflatten(1, (self.H, self.Hq // self.H))
+        return mask.reshape(mask.shape[0], self.H, self.Hq // self.H, *mask.shape[2:])
 
     def weights(self, rows: slice) -> Tensor:
         """p (B, H, Hq / H, l, S), zeros for a query that may look at nothing."""
-        x = _outer(self.q[:, :, :, rows], self.k) * self.scale
+        x = _outer(_take(self.q, rows), self.k) * self.scale
         if self.mask is not None:
             mask = self.mask_rows(self.mask, rows)
             if mask.dtype == torch.bool:
@@ -164,27 +165,41 @@ class _Problem:
         """How the scores x move with the queries, the keys and the mask; 0 if with none."""
         x: Tensor | float = 0.0
         if dq is not None:
-            x = x + _outer(dq[:, :, :, rows], self.k) * self.scale
+            x = x + _outer(_take(dq, rows), self.k) * self.scale
         if dk is not None:
-            x = x + _outer(self.q[:, :, :, rows], dk) * self.scale
+            x = x + _outer(_take(self.q, rows), dk) * self.scale
         if dmask is not None:
             x = x + self.mask_rows(dmask, rows).to(self.work)
         return x
 
 
+# narrow, not [:]; and reshape, not flatten and unflatten: those have rules in torch's older vmap.
+
+
+def _take(x: Tensor, rows: slice) -> Tensor:
+    """Some queries of (B, H, G, L, columns)."""
+    return x.narrow(3, rows.start, rows.stop - rows.start)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, H, G, l, columns) as (B, H, G l, columns)."""
+    B, H, G, n, columns = x.shape
+    return x.reshape(B, H, G * n, columns)
+
+
 def _outer(x: Tensor, y: Tensor) -> Tensor:
     """x (B, H, G, l, D) times the transpose of y (B, H, S, D): (B, H, G, l, S)."""
-    return (x.flatten(2, 3) @ y.mT).unflatten(2, x.shape[2:4])
+    return (_rows(x) @ y.transpose(2, 3)).reshape(*x.shape[:4], y.shape[2])
 
 
 def _along_keys(x: Tensor, y: Tensor) -> Tensor:
     """x (B, H, G, l, S) times y (B, H, S, D): (B, H, G, l, D)."""
-    return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
+    return (_rows(x) @ y).reshape(*x.shape[:4], y.shape[3])
 
 
 def _along_queries(x: Tensor, y: Tensor) -> Tensor:
     """The transpose of x (B, H, G, l, S) times y (B, H, G, l, D): (B, H, S, D), over the group."""
-    return x.flatten(2, 3).mT @ y.flatten(2, 3)
+    return _rows(x).transpose(2, 3) @ _rows(y)
 
 
 def _through_softmax(p: Tensor, dx: Tensor | float) -> Tensor:
@@ -223,14 +238,14 @@ def _backward_jvp(
     dk, dv = (_optional(x, lambda x: x.to(problem.work)) for x in tangents[2:4])
     query, key, value = [], torch.zeros_like(problem.k), torch.zeros_like(problem.v)
     for rows in problem.chunks():
-        q_rows, g_rows = problem.q[:, :, :, rows], g[:, :, :, rows]
+        q_rows, g_rows = _take(problem.q, rows), _take(g, rows)
         p = problem.weights(rows)
         dp = _outer(g_rows, problem.v)
         ds = _through_softmax(p, dp)
         p_tangent = _through_softmax(p, problem.score_tangent(rows, dq, dk, tangents[4]))
         dp_tangent: Tensor | float = 0.0
         if dg is not None:
-            dp_tangent = dp_tangent + _outer(dg[:, :, :, rows], problem.v)
+            dp_tangent = dp_tangent + _outer(_take(dg, rows), problem.v)
         if dv is not None:
             dp_tangent = dp_tangent + _outer(g_rows, dv)
         centred = dp - (p * dp).sum(-1, keepdim=True)
@@ -242,9 +257,9 @@ def _backward_jvp(
         if dk is not None:
             row = row + _along_keys(ds, dk)
         if dq is not None:
-            key = key + scale * _along_queries(ds, dq[:, :, :, rows])
+            key = key + scale * _along_queries(ds, _take(dq, rows))
         if dg is not None:
-            value = value + _along_queries(p, dg[:, :, :, rows])
+            value = value + _along_queries(p, _take(dg, rows))
         query.append(scale * row)
     return problem.ungrouped(query), key.to(problem.dtype), value.to(problem.dtype)
 
@@ -265,7 +280,7 @@ def _second_order(
     grad, query = [], []
     key, value = torch.zeros_like(problem.k), torch.zeros_like(problem.v)
     for rows in problem.chunks():
-        q_rows, g_rows = problem.q[:, :, :, rows], g[:, :, :, rows]
+        q_rows, g_rows = _take(problem.q, rows), _take(g, rows)
         p = problem.weights(rows)
         dp = _outer(g_rows, problem.v)
         t = problem.score_tangent(rows, a, b)
@@ -275,7 +290,7 @@ def _second_order(
         dx = _through_softmax(p, t_centred * dp_centred + _outer(g_rows, c))
         grad.append(_along_keys(w, problem.v) + _along_keys(p, c))
         query.append(scale * (_along_keys(ds, b) + _along_keys(dx, problem.k)))
-        key = key + scale * (_along_queries(ds, a[:, :, :, rows]) + _along_queries(dx, q_rows))
+        key = key + scale * (_along_queries(ds, _take(a, rows)) + _along_queries(dx, q_rows))
         value = value + _along_queries(w, g_rows)
     return (
         problem.ungrouped(grad),
@@ -288,10 +303,10 @@ def _second_order(
 # ---- the raw operators ----
 
 
-def _heads_like(x: Tensor, heads: Tensor, columns: int) -> Tensor:
+def _new_heads(heads: Tensor, columns: int) -> Tensor:
     """(B, H, N, columns), in memory (B, N, H, columns), as the kernels write it."""
     B, H, N = heads.shape[:3]
-    return x.new_empty(B, N, H, columns).transpose(1, 2)
+    return heads.new_empty_strided((B, H, N, columns), (N * H * columns, columns, H * columns, 1))
 
 
 def _forward_fake(
@@ -301,17 +316,18 @@ def _forward_fake(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    output = _heads_like(query, query, value.shape[3])
+) -> tuple[Tensor, ...]:
     dtype = accumulator_dtype(query.dtype)
+    columns = value.shape[3]
+    output, rounding = (_new_heads(query, n) for n in (columns, columns * (dtype != query.dtype)))
     row_max, row_sum = (query.new_empty(query.shape[:3], dtype=dtype) for _ in range(2))
-    return output, row_max, row_sum
+    return output, rounding, row_max, row_sum
 
 
 def _backward_fake(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(_heads_like(x, x, x.shape[3]) for x in (query, key, value))
+    return tuple(_new_heads(x, x.shape[3]) for x in (query, key, value))
 
 
 def _fold_mask(info: Any, dim: int | None, mask: Tensor | None, batch: int) -> Tensor | None:
@@ -332,12 +348,13 @@ def define(namespace: str) -> Launcher:
     torch.library.define(
         forward,
         "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale)"
-        " -> (Tensor output, Tensor row_max, Tensor row_sum)",
+        " -> (Tensor output, Tensor rounding, Tensor row_max, Tensor row_sum)",
     )
     torch.library.define(
         backward,
         "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask,"
-        " Tensor output, Tensor row_max, Tensor row_sum, bool is_causal, float scale)"
+        " Tensor output, Tensor rounding, Tensor row_max, Tensor row_sum, bool is_causal,"
+        " float scale)"
         " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     )
     operators = getattr(torch.ops, namespace)
@@ -350,14 +367,14 @@ def define(namespace: str) -> Launcher:
         batch = folded[0].shape[0] // info.batch_size
         mask = _fold_mask(info, in_dims[3], inputs[3], batch)
         outputs = launcher.forward(*folded, mask, *inputs[4:])
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0, 0)
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0, 0, 0)
 
     def backward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
-        tensors = (*inputs[:4], *inputs[5:8])
-        folded = fold(info, (*in_dims[:4], *in_dims[5:8]), tensors)
+        tensors = (*inputs[:4], *inputs[5:9])
+        folded = fold(info, (*in_dims[:4], *in_dims[5:9]), tensors)
         batch = folded[0].shape[0] // info.batch_size
         mask = _fold_mask(info, in_dims[4], inputs[4], batch)
-        outputs = launcher.backward(*folded[:4], mask, *folded[4:], *inputs[8:])
+        outputs = launcher.backward(*folded[:4], mask, *folded[4:], *inputs[9:])
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0, 0)
 
     torch.library.register_vmap(forward, forward_vmap)
@@ -375,13 +392,13 @@ def define(namespace: str) -> Launcher:
         return *gradients, None, None, None
 
     def backward_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        ctx.options = inputs[8:]
+        ctx.options = inputs[9:]
         ctx.save_for_backward(*inputs[:5])
 
     def backward_backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
         grad_output, *tensors = ctx.saved_tensors
         adjoints = _second_order(cotangents, grad_output, (*tensors, *ctx.options))
-        return *adjoints, *(None,) * 6
+        return *adjoints, *(None,) * 7
 
     torch.library.register_autograd(forward, forward_backward, setup_context=forward_setup)
     torch.library.register_autograd(backward, backward_backward, setup_context=backward_setup)
@@ -416,19 +433,21 @@ class AttentionBackward(Function):
         value: Tensor,
         attn_mask: Tensor | None,
         output: Tensor,
+        rounding: Tensor,
         row_max: Tensor,
         row_sum: Tensor,
         is_causal: bool,
         scale: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        statistics = (output, rounding, row_max, row_sum)
         return LAUNCHERS[backend].backward(
-            grad_output, query, key, value, attn_mask, output, row_max, row_sum, is_causal, scale
+            grad_output, query, key, value, attn_mask, *statistics, is_causal, scale
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options = inputs[8:10]
+        ctx.options = inputs[9:11]
         ctx.save_for_backward(*inputs[:5])
         ctx.save_for_forward(*inputs[:5])
 
@@ -437,7 +456,7 @@ class AttentionBackward(Function):
         _refuse_mask_gradient(ctx.needs_input_grad[4])
         grad_output, *tensors = ctx.saved_tensors
         adjoints = _second_order(cotangents, grad_output, (*tensors, *ctx.options))  # type: ignore[arg-type]
-        return *adjoints, *(None,) * 7
+        return *adjoints, *(None,) * 8
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -449,9 +468,13 @@ class Attention(Function):
     """Attention of (B, H, N, D) tensors by a backend's kernels.
 
     apply(query (B, Hq, L, D), key (B, H, S, D), value (B, H, S, Dv), attn_mask (B|1, Hq|1, L|1,
-    S|1) or None, is_causal, scale, backend) -> (output (B, Hq, L, Dv), row_max, row_sum). The
-    statistics (B, Hq, L), in the accumulator type, are m_i = max_j x_ij and sum_j exp(x_ij - m_i),
-    both 0 for a query that may look at nothing; they have no gradient.
+    S|1) or None, is_causal, scale, backend) -> (output (B, Hq, L, Dv), rounding, row_max, row_sum).
+
+    The last three are for the backward and have no gradient. `rounding` is what a 16-bit output
+    lost when it was rounded, again in 16 bits (and has no columns for other types): <p, dp> is
+    taken as <g, o>, and where the weights are all but certain, ds is smaller than o's rounding. The
+    statistics (B, Hq, L), in the accumulator type, are m_i = max_j x_ij log2(e) and the sum over j
+    of 2^(x_ij log2(e) - m_i), both 0 for a query that may look at nothing.
     """
 
     generate_vmap_rule = True
@@ -465,7 +488,7 @@ class Attention(Function):
         is_causal: bool,
         scale: float,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return LAUNCHERS[backend].forward(query, key, value, attn_mask, is_causal, scale)
 
     @staticmethod
@@ -483,10 +506,10 @@ class Attention(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        *tensors, _output, row_max, row_sum = ctx.saved_tensors
-        tangent = _jvp(tangents[:4], (*tensors, *ctx.options[:2]))
+        saved = ctx.saved_tensors
+        tangent = _jvp(tangents[:4], (*saved[:4], *ctx.options[:2]))
         # Zeros, not None: see CrossEntropy.jvp.
-        return tangent, torch.zeros_like(row_max), torch.zeros_like(row_sum)
+        return tangent, *(torch.zeros_like(x) for x in saved[5:])
 
 
 # See ops/cross_entropy.py.
