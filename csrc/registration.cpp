@@ -293,6 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, T
                                     accumulator_of(dtype));
   };
   Tensor row_max = per_row(), row_sum = per_row();
+  arguments.threads = torch::stable::get_num_threads();
   arguments.output = heads_of_result(output);
   arguments.rounding = heads_of_result(rounding);
   arguments.row_max = row_max.mutable_data_ptr();

@@ -1,4 +1,4 @@
-"""Attention under torch.autocast: the types that torch's own has, and nothing computed in fewer bits.
+"""Attention under torch.autocast: torch's types, and nothing computed in fewer bits.
 
 Cross-entropy under autocast is in test_cross_entropy_contract.py.
 """

@@ -225,7 +225,7 @@ def test_the_mode_is_lost_on_a_compiled_model_inside_it():
 
 
 def attention_is_ours(call) -> bool:
-    """Whether the attention in `call()` is ours: the kernel, or eager where that does not cover it."""
+    """Whether the attention in `call()` is ours: the kernel, or eager where none covers it."""
     name = "scaled_dot_product_attention"
     spied = mock.patch.object(eager_attention, name, wraps=getattr(eager_attention, name))
     with spied as spy, Operators() as operators:

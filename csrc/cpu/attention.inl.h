@@ -317,21 +317,25 @@ struct ForwardMemory {
   using A = typename L::A;
   using E = typename L::E;
 
-  // Of a tile of keys: K transposed, V, and whether V is finite.
+  // Of the tiles of every head, or of the task's head alone: K transposed, V, and whether V is
+  // finite. Where there are heads enough, a task packs one for itself and does all its queries.
   E *keys, *values;
   uint8_t* finite;
+  bool by_head;
   // Of a block of queries.
   E *query, *weights;
   A *scores, *output, *row_max, *row_sum, *factor;
 
   int64_t workspace_bytes, scratch_bytes;
 
-  ForwardMemory(const Attention& a, const L& l, void* workspace, void* scratch) {
+  ForwardMemory(const AttentionForward& a, const L& l, void* workspace, void* scratch) {
     Carver shared{static_cast<char*>(workspace)}, own{static_cast<char*>(scratch)};
-    const int64_t tiles = a.batch * a.heads * l.key_tiles;
-    keys = shared.take<E>(tiles * kKeyTile * l.depth);
-    values = shared.take<E>(tiles * kKeyTile / L::terms * l.value_columns);
-    finite = shared.take<uint8_t>(tiles);
+    by_head = a.batch * a.heads >= 8 * a.threads;
+    Carver& packed = by_head ? own : shared;
+    const int64_t tiles = (by_head ? 1 : a.batch * a.heads) * l.key_tiles;
+    keys = packed.take<E>(tiles * kKeyTile * l.depth);
+    values = packed.take<E>(tiles * kKeyTile / L::terms * l.value_columns);
+    finite = packed.take<uint8_t>(tiles);
     query = own.take<E>(kQueryBlock * l.depth);
     scores = own.take<A>(kQueryBlock * kKeyTile);
     weights = L::terms == 1 ? reinterpret_cast<E*>(scores)
@@ -350,15 +354,16 @@ static void pack_forward(const AttentionForward& a, const Tiling<T>& l, const Fo
                          int64_t task) {
   using L = Tiling<T>;
   const int64_t head = task / l.key_tiles, key = task % l.key_tiles * kKeyTile;
+  const int64_t tile = to.by_head ? task % l.key_tiles : task;
   const int64_t b = head / a.heads, h = head % a.heads, n = smaller(kKeyTile, a.keys - key);
   const T* value = at<T>(a.value, b, h, key);
   L::pack_transposed_b(at<T>(a.key, b, h, key), a.key.row, n, a.head_dim,
-                       to.keys + task * kKeyTile * l.depth);
+                       to.keys + tile * kKeyTile * l.depth);
   L::pack_b(value, a.value.row, n, a.value_dim,
-            to.values + task * (kKeyTile / L::terms) * l.value_columns);
+            to.values + tile * (kKeyTile / L::terms) * l.value_columns);
   bool finite = true;
   for (int64_t j = 0; j < n; ++j) finite &= all_finite(value + j * a.value.row, a.value_dim);
-  to.finite[task] = finite;
+  to.finite[tile] = finite;
 }
 
 template <class A>
@@ -441,6 +446,7 @@ static void forward_block(const AttentionForward& a, const Tiling<T>& l, const F
   const int64_t b = head / a.query_heads, h = head % a.query_heads;
   const int64_t rows = smaller(kQueryBlock, a.queries - query);
   const int64_t kv_head = b * a.heads + h / (a.query_heads / a.heads);
+  const int64_t first_tile = to.by_head ? 0 : kv_head * l.key_tiles;
   const int64_t registers = l.value_columns / L::width;
 
   L::pack_a(at<T>(a.query, b, h, query), a.query.row, rows, a.head_dim, to.query);
@@ -450,7 +456,7 @@ static void forward_block(const AttentionForward& a, const Tiling<T>& l, const F
   }
   const int64_t seen = visible_keys(a, query + rows - 1, 0, a.keys);
   for (int64_t key = 0; key < seen; key += kKeyTile) {
-    const int64_t tile = kv_head * l.key_tiles + key / kKeyTile;
+    const int64_t tile = first_tile + key / kKeyTile;
     const int64_t n = smaller(kKeyTile, seen - key);
     products<T>(a, query, rows, key, n, to.query, l.depth, to.keys + tile * kKeyTile * l.depth,
                 l.depth, to.scores);
@@ -491,9 +497,11 @@ template <class T>
 static AttentionPlan plan_forward(const AttentionForward& a) {
   const Tiling<T> l(a);
   const ForwardMemory<T> memory(a, l, nullptr, nullptr);
+  const int64_t tiles = a.batch * a.heads * l.key_tiles;
+  const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
   return {memory.workspace_bytes,
           memory.scratch_bytes,
-          {a.batch * a.heads * l.key_tiles, a.batch * a.query_heads * l.query_blocks, 0}};
+          {memory.by_head ? 0 : tiles, memory.by_head ? a.batch * a.heads : blocks, 0}};
 }
 
 template <class T>
@@ -501,7 +509,11 @@ static void run_forward(const AttentionForward& a, int phase, int64_t task, void
                         void* scratch) {
   const Tiling<T> l(a);
   const ForwardMemory<T> memory(a, l, workspace, scratch);
-  (phase == 0 ? pack_forward<T> : forward_block<T>)(a, l, memory, task);
+  if (phase == 0) return pack_forward(a, l, memory, task);
+  if (!memory.by_head) return forward_block(a, l, memory, task);
+  for (int64_t t = 0; t < l.key_tiles; ++t) pack_forward(a, l, memory, task * l.key_tiles + t);
+  const int64_t blocks = a.query_heads / a.heads * l.query_blocks;
+  for (int64_t i = 0; i < blocks; ++i) forward_block(a, l, memory, task * blocks + i);
 }
 
 // ---- backward ----
@@ -512,9 +524,6 @@ struct BackwardMemory {
   using A = typename L::A;
   using E = typename L::E;
 
-  // Of a tile of keys: K and V transposed, K, and whether K and V are finite.
-  E *keys_transposed, *values_transposed, *keys;
-  uint8_t* finite_keys;
   // Of a block of queries: Q and the upstream gradient G, as A and as B of a product; delta; and
   // whether Q, G and the statistics are finite.
   E *query_a, *query_b, *grad_a, *grad_b;
@@ -525,6 +534,8 @@ struct BackwardMemory {
   A* grad_query;
   int64_t chunks;
 
+  // Of a tile of keys, which only one task reads: K and V transposed, and K.
+  E *keys_transposed, *values_transposed, *keys;
   // The scores or weights, dp or ds of a tile; with pairs of operands, the weights and ds as pairs
   // of queries, and ds as pairs of keys.
   A *scores, *grad_scores;
@@ -536,12 +547,7 @@ struct BackwardMemory {
   BackwardMemory(const Attention& a, const L& l, void* workspace, void* scratch) {
     Carver shared{static_cast<char*>(workspace)}, own{static_cast<char*>(scratch)};
     const int64_t kv_heads = a.batch * a.heads;
-    const int64_t tiles = kv_heads * l.key_tiles;
     const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
-    keys_transposed = shared.take<E>(tiles * kKeyTile * l.depth);
-    values_transposed = shared.take<E>(tiles * kKeyTile * l.value_depth);
-    keys = shared.take<E>(tiles * (kKeyTile / L::terms) * l.columns);
-    finite_keys = shared.take<uint8_t>(tiles);
     query_b = shared.take<E>(blocks * (kQueryBlock / L::terms) * l.columns);
     grad_b = shared.take<E>(blocks * (kQueryBlock / L::terms) * l.value_columns);
     if (L::terms == 1) {
@@ -561,6 +567,9 @@ struct BackwardMemory {
     chunks = smaller(larger(1, smaller(4, ceil_div(16, kv_heads))), l.key_tiles);
     grad_query = shared.take<A>(chunks * blocks * kQueryBlock * l.columns);
 
+    keys_transposed = own.take<E>(kKeyTile * l.depth);
+    values_transposed = own.take<E>(kKeyTile * l.value_depth);
+    keys = own.take<E>(kKeyTile / L::terms * l.columns);
     scores = own.take<A>(kQueryBlock * kKeyTile);
     grad_scores = own.take<A>(kQueryBlock * kKeyTile);
     if (L::terms == 1) {
@@ -578,24 +587,21 @@ struct BackwardMemory {
   }
 };
 
+// Returns whether the keys and values are finite.
 template <class T>
-static void pack_key_tile(const AttentionBackward& a, const Tiling<T>& l,
-                          const BackwardMemory<T>& to, int64_t tile) {
+static bool pack_key_tile(const AttentionBackward& a, const BackwardMemory<T>& to, int64_t b,
+                          int64_t h, int64_t key, int64_t n) {
   using L = Tiling<T>;
-  const int64_t head = tile / l.key_tiles, key = tile % l.key_tiles * kKeyTile;
-  const int64_t b = head / a.heads, h = head % a.heads, n = smaller(kKeyTile, a.keys - key);
   const T *keys = at<T>(a.key, b, h, key), *values = at<T>(a.value, b, h, key);
-  L::pack_transposed_b(keys, a.key.row, n, a.head_dim,
-                       to.keys_transposed + tile * kKeyTile * l.depth);
-  L::pack_transposed_b(values, a.value.row, n, a.value_dim,
-                       to.values_transposed + tile * kKeyTile * l.value_depth);
-  L::pack_b(keys, a.key.row, n, a.head_dim, to.keys + tile * (kKeyTile / L::terms) * l.columns);
+  L::pack_transposed_b(keys, a.key.row, n, a.head_dim, to.keys_transposed);
+  L::pack_transposed_b(values, a.value.row, n, a.value_dim, to.values_transposed);
+  L::pack_b(keys, a.key.row, n, a.head_dim, to.keys);
   bool finite = true;
   for (int64_t j = 0; j < n; ++j) {
     finite &= all_finite(keys + j * a.key.row, a.head_dim) &&
               all_finite(values + j * a.value.row, a.value_dim);
   }
-  to.finite_keys[tile] = finite;
+  return finite;
 }
 
 template <class T>
@@ -682,20 +688,20 @@ static inline void pair_columns(const float* x, int64_t n, bf16_pair* out) {
 }
 #endif
 
-// What one tile of keys and one block of queries give each other. `into`: whether this is the first
-// tile that the block's dq sees.
+// What the packed tile of `tile_keys` keys and one block of queries give each other. `into`:
+// whether this is the first tile that the block's dq sees.
 template <class T>
 static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
-                          const BackwardMemory<T>& to, int64_t tile, int64_t head, int64_t block,
-                          typename Tiling<T>::A* grad_query, Into into) {
+                          const BackwardMemory<T>& to, int64_t key, int64_t tile_keys,
+                          bool finite_keys, int64_t block, typename Tiling<T>::A* grad_query,
+                          Into into) {
   using L = Tiling<T>;
   using A = typename L::A;
   using E = typename L::E;
-  const int64_t key = tile % l.key_tiles * kKeyTile;
-  const int64_t query = block % l.query_blocks * kQueryBlock;
+  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * kQueryBlock;
   const int64_t b = head / a.query_heads, h = head % a.query_heads;
   const int64_t rows = smaller(kQueryBlock, a.queries - query);
-  const int64_t n = visible_keys(a, query + rows - 1, key, smaller(kKeyTile, a.keys - key));
+  const int64_t n = visible_keys(a, query + rows - 1, key, tile_keys);
   if (into == Into::kFresh) {
     // The queries that see nothing of this tile, and so nothing of the chunk's later ones.
     const int64_t blind = a.causal ? larger(0, smaller(rows, key - query)) : 0;
@@ -704,15 +710,14 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
   if (n == 0) return;
 
   products<T>(a, query, rows, key, n, to.query_a + block * kQueryBlock * to.query_row, to.query_row,
-              to.keys_transposed + tile * kKeyTile * l.depth, l.depth, to.scores);
+              to.keys_transposed, l.depth, to.scores);
   products<T>(a, query, rows, key, n, to.grad_a + block * kQueryBlock * to.grad_row, to.grad_row,
-              to.values_transposed + tile * kKeyTile * l.value_depth, l.value_depth,
-              to.grad_scores);
+              to.values_transposed, l.value_depth, to.grad_scores);
 
   const A* row_max = static_cast<const A*>(a.row_max) + head * a.queries + query;
   const A* row_sum = static_cast<const A*>(a.row_sum) + head * a.queries + query;
   const A* delta = to.delta + block * kQueryBlock;
-  const bool finite = to.finite_keys[tile] && to.finite_queries[block];
+  const bool finite = finite_keys && to.finite_queries[block];
   constexpr int64_t pairs = kKeyTile / L::terms;
   for (int64_t r = 0; r < rows; r += L::terms) {
     const int64_t end = smaller(r + L::terms, rows);
@@ -756,9 +761,8 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
     const int64_t some = smaller(Tile::rows, rows - r);
     const int64_t seen = visible_keys(a, query + r + some - 1, key, n);
     if (seen == 0) continue;
-    add({ceil_div(seen, L::terms), to.grad_rows + r * pairs, pairs, 1,
-         to.keys + tile * pairs * l.columns, l.columns, grad_query + r * l.columns, l.columns, into,
-         nullptr},
+    add({ceil_div(seen, L::terms), to.grad_rows + r * pairs, pairs, 1, to.keys, l.columns,
+         grad_query + r * l.columns, l.columns, into, nullptr},
         some, l.columns);
   }
 }
@@ -777,13 +781,14 @@ static void backward_chunk(const AttentionBackward& a, const Tiling<T>& l,
   // Every chunks-th tile: under a causal mask, early keys have more work than late ones.
   for (int64_t t = chunk; t < l.key_tiles; t += to.chunks) {
     const int64_t key = t * kKeyTile, n = smaller(kKeyTile, a.keys - key);
+    const bool finite = pack_key_tile(a, to, b, h, key, n);
     memset(to.grad_key, 0, size_t(n * l.columns) * sizeof(A));
     memset(to.grad_value, 0, size_t(n * l.value_columns) * sizeof(A));
     // Backwards: under a causal mask the first queries give a key its largest weights, and what is
     // added to a large sum is rounded at its size.
     for (int64_t block = first + group * l.query_blocks - 1; block >= first; --block) {
-      backward_tile(a, l, to, kv_head * l.key_tiles + t, block / l.query_blocks, block,
-                    grad_query + block * block_size, t == chunk ? Into::kFresh : Into::kSum);
+      backward_tile(a, l, to, key, n, finite, block, grad_query + block * block_size,
+                    t == chunk ? Into::kFresh : Into::kSum);
     }
     for (int64_t j = 0; j < n; ++j) {
       store_row(to.grad_key + j * l.columns, A(a.scale), a.head_dim,
@@ -819,11 +824,10 @@ template <class T>
 static AttentionPlan plan_backward(const AttentionBackward& a) {
   const Tiling<T> l(a);
   const BackwardMemory<T> memory(a, l, nullptr, nullptr);
-  const int64_t tiles = a.batch * a.heads * l.key_tiles;
   const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
   return {memory.workspace_bytes,
           memory.scratch_bytes,
-          {tiles + blocks, a.batch * a.heads * memory.chunks, blocks}};
+          {blocks, a.batch * a.heads * memory.chunks, blocks}};
 }
 
 template <class T>
@@ -831,11 +835,7 @@ static void run_backward(const AttentionBackward& a, int phase, int64_t task, vo
                          void* scratch) {
   const Tiling<T> l(a);
   const BackwardMemory<T> memory(a, l, workspace, scratch);
-  if (phase == 0) {
-    const int64_t tiles = a.batch * a.heads * l.key_tiles;
-    if (task < tiles) return pack_key_tile(a, l, memory, task);
-    return pack_query_block(a, l, memory, task - tiles);
-  }
-  if (phase == 1) return backward_chunk(a, l, memory, task);
-  sum_chunks(a, l, memory, task);
+  constexpr decltype(&sum_chunks<T>) phases[] = {pack_query_block<T>, backward_chunk<T>,
+                                                 sum_chunks<T>};
+  phases[phase](a, l, memory, task);
 }

@@ -66,6 +66,7 @@ struct Attention {
 };
 
 struct AttentionForward : Attention {
+  int64_t threads;       // how many there may be; the bits do not depend on it
   Heads<void> output;    // the storage type
   Heads<void> rounding;  // what rounding took from it, if the accumulator type is another
   void* row_max;         // (B, query_heads, L) accumulator type: m = max_j of the scores, * log2(e)
@@ -80,8 +81,8 @@ struct AttentionBackward : Attention {
 };
 
 // What a call needs and falls into. The tasks of one phase may run in any order and at once, each
-// with a scratch of its own; the phases follow one another. How many there are depends on the shape
-// alone, so any number of threads gives the same bits.
+// with a scratch of its own; the phases follow one another. What a task adds up depends on the
+// shape alone, so any number of threads gives the same bits.
 struct AttentionPlan {
   int64_t workspace_bytes;  // shared by all phases
   int64_t scratch_bytes;    // of a task
