@@ -4,8 +4,8 @@
 // A is read one number at a time and broadcast, so any strides will do, a transposed A included. B
 // is read a register at a time: its rows lie `b_step` apart and are padded to whole registers. C
 // stays in registers over the whole sum: with R rows and N registers of columns, R N products cost
-// R + N loads. 6 x 4 leaves one of AVX-512's 32 registers for A's number and uses the rest; 6 x 2
-// does it on AVX2's 16.
+// R + N loads. AVX-512 has registers for 6 x 4, one row of B and a number of A; AVX2 for 6 x 2. For
+// the portable 4 x 2 see benchmarks/NOTES.md.
 //
 // A and B hold operands E (vec.h): float, double, or bf16_pair, two neighbours along k. Then k and
 // the strides of A and B count pairs, and C is float.
@@ -18,7 +18,7 @@ struct Tile {
 #elif defined(FASTGPT_AVX2)
   static constexpr int rows = 6, registers = 2;
 #else
-  static constexpr int rows = 4, registers = 4;
+  static constexpr int rows = 4, registers = 2;
 #endif
 };
 
@@ -84,7 +84,7 @@ static inline void product_of_rows(const Product<E>& x, int registers) {
       return tile_product<E, kRows, 1>(x);
     case 2:
       return tile_product<E, kRows, 2>(x);
-#if !defined(FASTGPT_AVX2)
+#if defined(FASTGPT_AVX512)
     case 3:
       return tile_product<E, kRows, 3>(x);
     case 4:
