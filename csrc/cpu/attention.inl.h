@@ -19,8 +19,9 @@
 // FLOPs, of the pairs (i, j) that are allowed: 4 D per pair forward, 10 D backward. A causal mask
 // is followed to 6 queries by one register of keys; beyond that nothing is computed.
 
-constexpr int64_t kQueryBlock = 96;  // a multiple of Tile::rows
-constexpr int64_t kKeyTile = 384;    // a multiple of every panel
+// At most so many queries in a block and keys in a tile.
+constexpr int64_t kQueryBlock = 96;
+constexpr int64_t kKeyTile = 384;
 
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -83,17 +84,6 @@ static inline void copy_row_of_b(const bf16* first, const bf16* second, int64_t 
 }
 #endif
 
-template <class T>
-static inline bool all_finite(const T* x, int64_t n) {
-  using V = Vec<acc_t<T>>;
-  V zero = V::all(0);  // times a finite number it stays zero, and else turns into NaN
-  int64_t i = 0;
-  for (; i + V::width <= n; i += V::width) zero = fma(V::load(x + i), V::all(0), zero);
-  acc_t<T> rest = zero.reduce_add();
-  for (; i < n; ++i) rest += widen(x[i]) * 0;
-  return rest == 0;
-}
-
 template <class A, class T>
 static inline A dot(const T* x, const T* y, int64_t n) {
   using V = Vec<A>;
@@ -103,6 +93,13 @@ static inline A dot(const T* x, const T* y, int64_t n) {
   A rest = sum.reduce_add();
   for (; i < n; ++i) rest += widen(x[i]) * widen(y[i]);
   return rest;
+}
+
+// Whether n numbers are finite, and so small that their products with others as small are, too (by
+// Cauchy and Schwarz, if their squares have a finite sum).
+template <class T>
+static inline bool all_finite(const T* x, int64_t n) {
+  return dot<acc_t<T>>(x, x, n) < acc_t<T>(INFINITY);
 }
 
 // ---- the tiles of one call ----
@@ -115,19 +112,33 @@ struct Tiling {
   static constexpr int64_t panel = Tile::registers * width;  // columns of B that lie together
   static constexpr int64_t terms = Operand<E>::terms;
   static constexpr bool rounds = sizeof(T) != sizeof(A);  // the output
-  static_assert(kKeyTile % panel == 0 && kQueryBlock % Tile::rows == 0 && kQueryBlock % 2 == 0, "");
+  static_assert(kKeyTile % panel == 0 && kQueryBlock % 8 == 0, "packed memory has no other room");
 
   int64_t depth, value_depth;      // operands along head_dim and value_dim
   int64_t columns, value_columns;  // head_dim and value_dim in whole registers
-  int64_t key_tiles, query_blocks;
+  // Queries in a block and keys in a tile: fewer than there may be where there would be too few
+  // tasks for a few threads, and no more than there are.
+  int64_t block, tile;
+  int64_t query_blocks, key_tiles;          // of one head
+  int64_t all_query_blocks, all_key_tiles;  // of all heads
 
-  explicit Tiling(const Attention& a)
+  explicit Tiling(const Attention& a, bool split_keys)
       : depth(ceil_div(a.head_dim, terms)),
         value_depth(ceil_div(a.value_dim, terms)),
         columns(round_up(a.head_dim, width)),
         value_columns(round_up(a.value_dim, width)),
-        key_tiles(ceil_div(a.keys, kKeyTile)),
-        query_blocks(ceil_div(a.queries, kQueryBlock)) {}
+        block(kQueryBlock),
+        tile(kKeyTile) {
+    const int64_t query_heads = a.batch * a.query_heads, heads = a.batch * a.heads;
+    while (query_heads * ceil_div(a.queries, block) < 4 && block > kQueryBlock / 4) block /= 2;
+    while (split_keys && heads * ceil_div(a.keys, tile) < 4 && tile > kKeyTile / 4) tile /= 2;
+    block = smaller(block, round_up(a.queries, 2));
+    tile = smaller(tile, round_up(a.keys, panel));
+    query_blocks = ceil_div(a.queries, block);
+    key_tiles = ceil_div(a.keys, tile);
+    all_query_blocks = query_heads * query_blocks;
+    all_key_tiles = heads * key_tiles;
+  }
 
   // A matrix of `rows` rows as the A of a product along its columns, and as the B of one along its
   // rows or, transposed, along its columns: (rows, depth), (rows / terms, columns) and
@@ -151,7 +162,8 @@ struct Tiling {
           Vec<A> block[width];
           for (int64_t i = 0; i < width; ++i) {
             const int64_t r = start + j + i;
-            block[i] = load_operands(x + r * row_stride + d, r < rows ? n - d : 0, E());
+            block[i] =
+                r < rows ? load_operands(x + r * row_stride + d, n - d, E()) : Vec<A>::all(0);
           }
           transpose(block);
           for (int64_t i = 0; i < width && d + i * terms < n; ++i) {
@@ -166,12 +178,14 @@ struct Tiling {
 // Cuts a block of memory into arrays, each on a cache line of its own; with a null base it only
 // counts.
 struct Carver {
-  char* base;
+  uintptr_t base;
   int64_t used = 0;
+
+  explicit Carver(void* p) : base(reinterpret_cast<uintptr_t>(p)) {}
 
   template <class X>
   X* take(int64_t count) {
-    X* p = reinterpret_cast<X*>(base + used);
+    X* p = reinterpret_cast<X*>(base + uintptr_t(used));
     used += round_up(count * int64_t(sizeof(X)), 64);
     return p;
   }
@@ -329,12 +343,12 @@ struct ForwardMemory {
   int64_t workspace_bytes, scratch_bytes;
 
   ForwardMemory(const AttentionForward& a, const L& l, void* workspace, void* scratch) {
-    Carver shared{static_cast<char*>(workspace)}, own{static_cast<char*>(scratch)};
+    Carver shared(workspace), own(scratch);
     by_head = a.batch * a.heads >= 8 * a.threads;
     Carver& packed = by_head ? own : shared;
-    const int64_t tiles = (by_head ? 1 : a.batch * a.heads) * l.key_tiles;
-    keys = packed.take<E>(tiles * kKeyTile * l.depth);
-    values = packed.take<E>(tiles * kKeyTile / L::terms * l.value_columns);
+    const int64_t tiles = by_head ? l.key_tiles : l.all_key_tiles;
+    keys = packed.take<E>(tiles * l.tile * l.depth);
+    values = packed.take<E>(tiles * l.tile / L::terms * l.value_columns);
     finite = packed.take<uint8_t>(tiles);
     query = own.take<E>(kQueryBlock * l.depth);
     scores = own.take<A>(kQueryBlock * kKeyTile);
@@ -353,14 +367,14 @@ template <class T>
 static void pack_forward(const AttentionForward& a, const Tiling<T>& l, const ForwardMemory<T>& to,
                          int64_t task) {
   using L = Tiling<T>;
-  const int64_t head = task / l.key_tiles, key = task % l.key_tiles * kKeyTile;
+  const int64_t head = task / l.key_tiles, key = task % l.key_tiles * l.tile;
   const int64_t tile = to.by_head ? task % l.key_tiles : task;
-  const int64_t b = head / a.heads, h = head % a.heads, n = smaller(kKeyTile, a.keys - key);
+  const int64_t b = head / a.heads, h = head % a.heads, n = smaller(l.tile, a.keys - key);
   const T* value = at<T>(a.value, b, h, key);
   L::pack_transposed_b(at<T>(a.key, b, h, key), a.key.row, n, a.head_dim,
-                       to.keys + tile * kKeyTile * l.depth);
+                       to.keys + tile * l.tile * l.depth);
   L::pack_b(value, a.value.row, n, a.value_dim,
-            to.values + tile * (kKeyTile / L::terms) * l.value_columns);
+            to.values + tile * (l.tile / L::terms) * l.value_columns);
   bool finite = true;
   for (int64_t j = 0; j < n; ++j) finite &= all_finite(value + j * a.value.row, a.value_dim);
   to.finite[tile] = finite;
@@ -442,9 +456,9 @@ static void forward_block(const AttentionForward& a, const Tiling<T>& l, const F
   using E = typename L::E;
   // The last block first: under a causal mask it is the longest.
   const int64_t head = task / l.query_blocks;
-  const int64_t query = (l.query_blocks - 1 - task % l.query_blocks) * kQueryBlock;
+  const int64_t query = (l.query_blocks - 1 - task % l.query_blocks) * l.block;
   const int64_t b = head / a.query_heads, h = head % a.query_heads;
-  const int64_t rows = smaller(kQueryBlock, a.queries - query);
+  const int64_t rows = smaller(l.block, a.queries - query);
   const int64_t kv_head = b * a.heads + h / (a.query_heads / a.heads);
   const int64_t first_tile = to.by_head ? 0 : kv_head * l.key_tiles;
   const int64_t registers = l.value_columns / L::width;
@@ -455,10 +469,10 @@ static void forward_block(const AttentionForward& a, const Tiling<T>& l, const F
     to.row_sum[r] = 0;
   }
   const int64_t seen = visible_keys(a, query + rows - 1, 0, a.keys);
-  for (int64_t key = 0; key < seen; key += kKeyTile) {
-    const int64_t tile = first_tile + key / kKeyTile;
-    const int64_t n = smaller(kKeyTile, seen - key);
-    products<T>(a, query, rows, key, n, to.query, l.depth, to.keys + tile * kKeyTile * l.depth,
+  for (int64_t key = 0; key < seen; key += l.tile) {
+    const int64_t tile = first_tile + key / l.tile;
+    const int64_t n = smaller(l.tile, seen - key);
+    products<T>(a, query, rows, key, n, to.query, l.depth, to.keys + tile * l.tile * l.depth,
                 l.depth, to.scores);
     for (int64_t r = 0; r < rows; r += Tile::rows) {
       const int64_t some = smaller(Tile::rows, rows - r);
@@ -469,7 +483,7 @@ static void forward_block(const AttentionForward& a, const Tiling<T>& l, const F
                          to.weights + r * (kKeyTile / L::terms),
                          kKeyTile / L::terms,
                          1,
-                         to.values + tile * (kKeyTile / L::terms) * l.value_columns,
+                         to.values + tile * (l.tile / L::terms) * l.value_columns,
                          l.value_columns,
                          to.output + r * l.value_columns,
                          l.value_columns,
@@ -495,19 +509,18 @@ static void forward_block(const AttentionForward& a, const Tiling<T>& l, const F
 
 template <class T>
 static AttentionPlan plan_forward(const AttentionForward& a) {
-  const Tiling<T> l(a);
+  const Tiling<T> l(a, false);
   const ForwardMemory<T> memory(a, l, nullptr, nullptr);
-  const int64_t tiles = a.batch * a.heads * l.key_tiles;
-  const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
   return {memory.workspace_bytes,
           memory.scratch_bytes,
-          {memory.by_head ? 0 : tiles, memory.by_head ? a.batch * a.heads : blocks, 0}};
+          {memory.by_head ? 0 : l.all_key_tiles,
+           memory.by_head ? a.batch * a.heads : l.all_query_blocks, 0}};
 }
 
 template <class T>
 static void run_forward(const AttentionForward& a, int phase, int64_t task, void* workspace,
                         void* scratch) {
-  const Tiling<T> l(a);
+  const Tiling<T> l(a, false);
   const ForwardMemory<T> memory(a, l, workspace, scratch);
   if (phase == 0) return pack_forward(a, l, memory, task);
   if (!memory.by_head) return forward_block(a, l, memory, task);
@@ -525,7 +538,7 @@ struct BackwardMemory {
   using E = typename L::E;
 
   // Of a block of queries: Q and the upstream gradient G, as A and as B of a product; delta; and
-  // whether Q, G and the statistics are finite.
+  // whether Q, G, delta and the statistics are finite.
   E *query_a, *query_b, *grad_a, *grad_b;
   int64_t query_row, grad_row;  // operands between rows of the `_a`
   A* delta;
@@ -545,27 +558,27 @@ struct BackwardMemory {
   int64_t workspace_bytes, scratch_bytes;
 
   BackwardMemory(const Attention& a, const L& l, void* workspace, void* scratch) {
-    Carver shared{static_cast<char*>(workspace)}, own{static_cast<char*>(scratch)};
+    Carver shared(workspace), own(scratch);
     const int64_t kv_heads = a.batch * a.heads;
-    const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
-    query_b = shared.take<E>(blocks * (kQueryBlock / L::terms) * l.columns);
-    grad_b = shared.take<E>(blocks * (kQueryBlock / L::terms) * l.value_columns);
+    const int64_t blocks = l.all_query_blocks;
+    query_b = shared.take<E>(blocks * (l.block / L::terms) * l.columns);
+    grad_b = shared.take<E>(blocks * (l.block / L::terms) * l.value_columns);
     if (L::terms == 1) {
       query_a = query_b;
       grad_a = grad_b;
       query_row = l.columns;
       grad_row = l.value_columns;
     } else {
-      query_a = shared.take<E>(blocks * kQueryBlock * l.depth);
-      grad_a = shared.take<E>(blocks * kQueryBlock * l.value_depth);
+      query_a = shared.take<E>(blocks * l.block * l.depth);
+      grad_a = shared.take<E>(blocks * l.block * l.value_depth);
       query_row = l.depth;
       grad_row = l.value_depth;
     }
-    delta = shared.take<A>(blocks * kQueryBlock);
+    delta = shared.take<A>(blocks * l.block);
     finite_queries = shared.take<uint8_t>(blocks);
     // More tasks when there are few heads; each chunk costs a dq.
     chunks = smaller(larger(1, smaller(4, ceil_div(16, kv_heads))), l.key_tiles);
-    grad_query = shared.take<A>(chunks * blocks * kQueryBlock * l.columns);
+    grad_query = shared.take<A>(chunks * blocks * l.block * l.columns);
 
     keys_transposed = own.take<E>(kKeyTile * l.depth);
     values_transposed = own.take<E>(kKeyTile * l.value_depth);
@@ -609,29 +622,30 @@ static void pack_query_block(const AttentionBackward& a, const Tiling<T>& l,
                              const BackwardMemory<T>& to, int64_t block) {
   using L = Tiling<T>;
   using A = typename L::A;
-  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * kQueryBlock;
+  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * l.block;
   const int64_t b = head / a.query_heads, h = head % a.query_heads;
-  const int64_t rows = smaller(kQueryBlock, a.queries - query);
+  const int64_t rows = smaller(l.block, a.queries - query);
   const T* q = at<T>(a.query, b, h, query);
   const T* grad = at<T>(a.grad_output, b, h, query);
   L::pack_b(q, a.query.row, rows, a.head_dim,
-            to.query_b + block * (kQueryBlock / L::terms) * l.columns);
+            to.query_b + block * (l.block / L::terms) * l.columns);
   L::pack_b(grad, a.grad_output.row, rows, a.value_dim,
-            to.grad_b + block * (kQueryBlock / L::terms) * l.value_columns);
+            to.grad_b + block * (l.block / L::terms) * l.value_columns);
   if (L::terms != 1) {
-    L::pack_a(q, a.query.row, rows, a.head_dim, to.query_a + block * kQueryBlock * l.depth);
+    L::pack_a(q, a.query.row, rows, a.head_dim, to.query_a + block * l.block * l.depth);
     L::pack_a(grad, a.grad_output.row, rows, a.value_dim,
-              to.grad_a + block * kQueryBlock * l.value_depth);
+              to.grad_a + block * l.block * l.value_depth);
   }
   const int64_t first_row = head * a.queries + query;
   bool finite = all_finite(static_cast<const A*>(a.row_max) + first_row, rows) &&
                 all_finite(static_cast<const A*>(a.row_sum) + first_row, rows);
   for (int64_t r = 0; r < rows; ++r) {
     const T* g = grad + r * a.grad_output.row;
-    A& delta = to.delta[block * kQueryBlock + r];
+    A& delta = to.delta[block * l.block + r];
     delta = dot<A>(g, at<T>(a.output, b, h, query + r), a.value_dim);
     if (L::rounds) delta += dot<A>(g, at<T>(a.rounding, b, h, query + r), a.value_dim);
-    finite &= all_finite(q + r * a.query.row, a.head_dim) && all_finite(g, a.value_dim);
+    finite &=
+        all_finite(q + r * a.query.row, a.head_dim) && all_finite(g, a.value_dim) && delta * 0 == 0;
   }
   to.finite_queries[block] = finite;
 }
@@ -651,7 +665,8 @@ static inline void gradient_row(A* s, A* dp, int64_t n, int64_t padded, A factor
       const int64_t at = j + (&x - p) * V::width;
       x = x * V::all(inverse);
       if (!kFinite) x = where_equal(V::load(s + at), lowest, zero, x);
-      const V ds = x * (V::load(dp + at) - V::all(delta));
+      // Where one weight is all, delta is dp, but summed in another order.
+      const V ds = where_equal(x, V::all(1), zero, x * (V::load(dp + at) - V::all(delta)));
       x.store(s + at);
       (kFinite ? ds : where_equal(x, zero, zero, ds)).store(dp + at);
     }
@@ -698,9 +713,9 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
   using L = Tiling<T>;
   using A = typename L::A;
   using E = typename L::E;
-  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * kQueryBlock;
+  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * l.block;
   const int64_t b = head / a.query_heads, h = head % a.query_heads;
-  const int64_t rows = smaller(kQueryBlock, a.queries - query);
+  const int64_t rows = smaller(l.block, a.queries - query);
   const int64_t n = visible_keys(a, query + rows - 1, key, tile_keys);
   if (into == Into::kFresh) {
     // The queries that see nothing of this tile, and so nothing of the chunk's later ones.
@@ -709,14 +724,14 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
   }
   if (n == 0) return;
 
-  products<T>(a, query, rows, key, n, to.query_a + block * kQueryBlock * to.query_row, to.query_row,
+  products<T>(a, query, rows, key, n, to.query_a + block * l.block * to.query_row, to.query_row,
               to.keys_transposed, l.depth, to.scores);
-  products<T>(a, query, rows, key, n, to.grad_a + block * kQueryBlock * to.grad_row, to.grad_row,
+  products<T>(a, query, rows, key, n, to.grad_a + block * l.block * to.grad_row, to.grad_row,
               to.values_transposed, l.value_depth, to.grad_scores);
 
   const A* row_max = static_cast<const A*>(a.row_max) + head * a.queries + query;
   const A* row_sum = static_cast<const A*>(a.row_sum) + head * a.queries + query;
-  const A* delta = to.delta + block * kQueryBlock;
+  const A* delta = to.delta + block * l.block;
   const bool finite = finite_keys && to.finite_queries[block];
   constexpr int64_t pairs = kKeyTile / L::terms;
   for (int64_t r = 0; r < rows; r += L::terms) {
@@ -747,7 +762,7 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
     const int64_t last = ceil_div(rows, L::terms) - 1;
     const int64_t some = smaller(Tile::rows, n - j);
     // Backwards, as the blocks are, and for the same reason.
-    const int64_t from = block * (kQueryBlock / L::terms) + last;
+    const int64_t from = block * (l.block / L::terms) + last;
     add({last + 1 - start, to.weights_pairs + last * kKeyTile + j, 1, -kKeyTile,
          to.grad_b + from * l.value_columns, -l.value_columns, to.grad_value + j * l.value_columns,
          l.value_columns, Into::kSum, nullptr},
@@ -775,12 +790,11 @@ static void backward_chunk(const AttentionBackward& a, const Tiling<T>& l,
   const int64_t b = kv_head / a.heads, h = kv_head % a.heads;
   const int64_t group = a.query_heads / a.heads;
   const int64_t first = (b * a.query_heads + h * group) * l.query_blocks;  // of the group's blocks
-  const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
-  const int64_t block_size = kQueryBlock * l.columns;
-  A* grad_query = to.grad_query + chunk * blocks * block_size;
+  const int64_t block_size = l.block * l.columns;
+  A* grad_query = to.grad_query + chunk * l.all_query_blocks * block_size;
   // Every chunks-th tile: under a causal mask, early keys have more work than late ones.
   for (int64_t t = chunk; t < l.key_tiles; t += to.chunks) {
-    const int64_t key = t * kKeyTile, n = smaller(kKeyTile, a.keys - key);
+    const int64_t key = t * l.tile, n = smaller(l.tile, a.keys - key);
     const bool finite = pack_key_tile(a, to, b, h, key, n);
     memset(to.grad_key, 0, size_t(n * l.columns) * sizeof(A));
     memset(to.grad_value, 0, size_t(n * l.value_columns) * sizeof(A));
@@ -804,13 +818,12 @@ static void sum_chunks(const AttentionBackward& a, const Tiling<T>& l, const Bac
                        int64_t block) {
   using A = typename Tiling<T>::A;
   using V = Vec<A>;
-  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * kQueryBlock;
+  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * l.block;
   const int64_t b = head / a.query_heads, h = head % a.query_heads;
-  const int64_t rows = smaller(kQueryBlock, a.queries - query);
-  const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
-  A* total = to.grad_query + block * kQueryBlock * l.columns;
+  const int64_t rows = smaller(l.block, a.queries - query);
+  A* total = to.grad_query + block * l.block * l.columns;
   for (int64_t chunk = 1; chunk < to.chunks; ++chunk) {
-    const A* part = total + chunk * blocks * kQueryBlock * l.columns;
+    const A* part = total + chunk * l.all_query_blocks * l.block * l.columns;
     for (int64_t i = 0; i < rows * l.columns; i += V::width) {
       (V::load(total + i) + V::load(part + i)).store(total + i);
     }
@@ -822,18 +835,17 @@ static void sum_chunks(const AttentionBackward& a, const Tiling<T>& l, const Bac
 
 template <class T>
 static AttentionPlan plan_backward(const AttentionBackward& a) {
-  const Tiling<T> l(a);
+  const Tiling<T> l(a, true);
   const BackwardMemory<T> memory(a, l, nullptr, nullptr);
-  const int64_t blocks = a.batch * a.query_heads * l.query_blocks;
   return {memory.workspace_bytes,
           memory.scratch_bytes,
-          {blocks, a.batch * a.heads * memory.chunks, blocks}};
+          {l.all_query_blocks, a.batch * a.heads * memory.chunks, l.all_query_blocks}};
 }
 
 template <class T>
 static void run_backward(const AttentionBackward& a, int phase, int64_t task, void* workspace,
                          void* scratch) {
-  const Tiling<T> l(a);
+  const Tiling<T> l(a, true);
   const BackwardMemory<T> memory(a, l, workspace, scratch);
   constexpr decltype(&sum_chunks<T>) phases[] = {pack_query_block<T>, backward_chunk<T>,
                                                  sum_chunks<T>};
