@@ -1,10 +1,13 @@
 // Runs every CPU kernel on buffers of exactly the size it may touch, for test_sanitizers.py to
 // build with the address and undefined-behaviour sanitizers. Knows no torch. Exits 0 if all is
 // well.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -17,11 +20,16 @@ namespace {
 constexpr int64_t kIgnore = -100;
 std::mt19937 generator(0);
 
-// One logit in each storage type, and back.
+// A boolean mask's type, in which a number says whether a score may stay or is to be -inf.
+constexpr DType kBool = kDTypes;
+constexpr size_t kBytes[] = {4, 8, 2, 2, 1};
+
+// One number in each storage type, and back.
 void put(DType dtype, void* data, int64_t i, double x) {
   const float f = float(x);
   uint32_t bits;
   memcpy(&bits, &f, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   switch (dtype) {
     case kFloat32:
       static_cast<float*>(data)[i] = f;
@@ -32,32 +40,41 @@ void put(DType dtype, void* data, int64_t i, double x) {
     case kBFloat16:
       static_cast<uint16_t*>(data)[i] = uint16_t(bits >> 16);
       break;
-    default:  // the fp16 numbers 1 + k / 1024
-      static_cast<uint16_t*>(data)[i] = uint16_t(0x3c00 + (uint32_t(std::fabs(x) * 64) & 0x3ff));
+    case kBool:
+      static_cast<uint8_t*>(data)[i] = x != -INFINITY;
+      break;
+    default:  // fp16: cut off, to infinity from 2^16 and to 0 below 2^-14
+      static_cast<uint16_t*>(data)[i] =
+          uint16_t(sign | (magnitude > 0x7f800000    ? 0x7e00
+                           : magnitude >= 0x47800000 ? 0x7c00
+                           : magnitude < 0x38800000  ? 0
+                                                     : (magnitude >> 13) - 0x1c000));
   }
 }
 
 double get(DType dtype, const void* data, int64_t i) {
-  const uint16_t* half = static_cast<const uint16_t*>(data) + i;
   if (dtype == kFloat32) return static_cast<const float*>(data)[i];
   if (dtype == kFloat64) return static_cast<const double*>(data)[i];
+  if (dtype == kBool) return static_cast<const uint8_t*>(data)[i] ? 0 : -INFINITY;
+  const uint16_t half = static_cast<const uint16_t*>(data)[i];
   if (dtype == kBFloat16) {
-    const uint32_t bits = uint32_t(*half) << 16;
+    const uint32_t bits = uint32_t(half) << 16;
     float f;
     memcpy(&f, &bits, 4);
     return f;
   }
-  const int exponent = (*half >> 10) & 31, fraction = *half & 0x3ff;
-  const double magnitude =
-      exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
-  return *half & 0x8000 ? -magnitude : magnitude;
+  const int exponent = (half >> 10) & 31, fraction = half & 0x3ff;
+  const double magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
+                           : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
+                                          : std::ldexp(fraction, -24);
+  return half & 0x8000 ? -magnitude : magnitude;
 }
 
 template <class A>
-bool check(const Kernels& kernels, DType dtype, int64_t rows, int64_t classes, bool stream) {
-  const size_t bytes[] = {4, 8, 2, 2};
+bool check_cross_entropy(const Kernels& kernels, DType dtype, int64_t rows, int64_t classes,
+                         bool stream) {
   // Each row in the middle of nothing: exact allocations, so that one element too many is caught.
-  std::vector<uint8_t> logits(size_t(rows * classes) * bytes[dtype]), grad(logits.size());
+  std::vector<uint8_t> logits(size_t(rows * classes) * kBytes[dtype]), grad(logits.size());
   std::vector<int64_t> target(static_cast<size_t>(rows));
   std::vector<A> loss(target.size()), row_max(target.size()), rest(target.size()), g(target.size());
   std::normal_distribution<double> normal(0, 3);
@@ -98,6 +115,278 @@ bool check(const Kernels& kernels, DType dtype, int64_t rows, int64_t classes, b
   return true;
 }
 
+// ---- attention ----
+
+// A tensor (batch, heads, rows, columns) in an allocation that ends with its last number. Nothing
+// may touch the gap between two rows, which also puts the rows at odd addresses. All starts as NaN:
+// what is read too early, or never written, shows.
+struct Tensor {
+  static constexpr int64_t kGap = 3;
+  DType dtype;
+  int64_t batch, heads, rows, columns;
+  std::vector<uint8_t> bytes;
+
+  Tensor(DType type, int64_t b, int64_t h, int64_t r, int64_t c)
+      : dtype(type),
+        batch(b),
+        heads(h),
+        rows(r),
+        columns(c),
+        bytes(size_t(b * h * r * (c + kGap) - kGap) * kBytes[type], 0xff) {}
+
+  int64_t row_stride() const { return columns + kGap; }
+  int64_t head_stride() const { return rows * row_stride(); }
+  int64_t batch_stride() const { return heads * head_stride(); }
+  template <class Void>
+  Heads<Void> view() {
+    return {bytes.data(), batch_stride(), head_stride(), row_stride()};
+  }
+
+  int64_t count() const { return batch * heads * rows * columns; }
+  int64_t place(int64_t i) const { return i / columns * row_stride() + i % columns; }
+  std::vector<double> numbers() const {
+    std::vector<double> x(static_cast<size_t>(count()));
+    for (int64_t i = 0; i < count(); ++i) x[size_t(i)] = get(dtype, bytes.data(), place(i));
+    return x;
+  }
+
+  void fill_normally() {
+    std::normal_distribution<double> normal;
+    for (int64_t i = 0; i < count(); ++i) put(dtype, bytes.data(), place(i), normal(generator));
+  }
+
+  bool is(const char* name, const std::vector<double>& expected, double tolerance) const {
+    const std::vector<double> got = numbers();
+    for (size_t i = 0; i < got.size(); ++i) {
+      const double x = expected[i];
+      if (std::isnan(x) ? std::isnan(got[i])
+                        : std::fabs(got[i] - x) <= tolerance * (1 + std::fabs(x)))
+        continue;
+      std::printf("%s[%zu] is %g, not %g\n", name, i, got[i], x);
+      return false;
+    }
+    for (int64_t row = 1; row < batch * heads * rows; ++row) {
+      const auto end = bytes.begin() + row * row_stride() * int64_t(kBytes[dtype]);
+      if (std::all_of(end - kGap * int64_t(kBytes[dtype]), end, [](int x) { return x == 0xff; }))
+        continue;
+      std::printf("%s was written behind row %lld\n", name, static_cast<long long>(row - 1));
+      return false;
+    }
+    return true;
+  }
+};
+
+struct Shape {
+  int64_t batch, query_heads, heads, queries, keys, head_dim, value_dim;
+};
+
+struct Mask {
+  MaskKind kind;
+  int64_t column;  // its stride
+};
+
+double dot(const double* x, const double* y, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+void add(double factor, const double* x, int64_t n, double* sum) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += factor * x[i];
+}
+
+// The arguments of one call, and what it should give.
+struct Problem {
+  Tensor query, key, value, grad_output, mask;
+  Attention arguments;
+  std::vector<double> output, row_sum, grad_query, grad_key, grad_value;
+
+  Problem(DType dtype, DType accumulator, const Shape& s, bool causal, const Mask& m, bool nan)
+      : query(dtype, s.batch, s.query_heads, s.queries, s.head_dim),
+        key(dtype, s.batch, s.heads, s.keys, s.head_dim),
+        value(dtype, s.batch, s.heads, s.keys, s.value_dim),
+        grad_output(dtype, s.batch, s.query_heads, s.queries, s.value_dim),
+        mask(m.kind == kBoolMask      ? kBool
+             : m.kind == kStorageMask ? dtype
+                                      : accumulator,
+             s.batch, s.query_heads, s.queries, m.column == 0 ? 1 : s.keys) {
+    for (Tensor* x : {&query, &key, &value, &grad_output, &mask}) x->fill_normally();
+    // The first query of a head sees nothing, the others three of four keys (or heads).
+    for (int64_t i = 0; i < mask.count(); ++i) {
+      if (i / mask.columns % s.queries == 0 || generator() % 4 == 0)
+        put(mask.dtype, mask.bytes.data(), mask.place(i), -INFINITY);
+    }
+    // In one head, and between keys that causality hides from more queries and from fewer.
+    if (nan) put(dtype, value.bytes.data(), value.place(s.keys / 2 * s.value_dim), NAN);
+
+    AttentionMask strided{kNoMask, nullptr, 0, 0, 0, 0};
+    if (m.kind != kNoMask) {
+      const Heads<const void> view = mask.view<const void>();
+      strided = {m.kind, view.data, view.batch, view.head, view.row, m.column};
+    }
+    arguments = {s.batch,
+                 s.query_heads,
+                 s.heads,
+                 s.queries,
+                 s.keys,
+                 s.head_dim,
+                 s.value_dim,
+                 causal,
+                 1 / std::sqrt(double(s.head_dim)),
+                 strided,
+                 query.view<const void>(),
+                 key.view<const void>(),
+                 value.view<const void>()};
+    solve();
+  }
+
+  void solve() {
+    const Attention& a = arguments;
+    const std::vector<double> q = query.numbers(), k = key.numbers(), v = value.numbers(),
+                              g = grad_output.numbers(), bias = mask.numbers();
+    output.resize(g.size());
+    row_sum.resize(size_t(a.batch * a.query_heads * a.queries));
+    grad_query.resize(q.size());
+    grad_key.resize(k.size());
+    grad_value.resize(v.size());
+    std::vector<double> p(static_cast<size_t>(a.keys));
+    for (int64_t row = 0; row < int64_t(row_sum.size()); ++row) {
+      const int64_t head = row / a.queries, i = row % a.queries;
+      const int64_t first_key = head / (a.query_heads / a.heads) * a.keys;
+      const double *query_row = &q[size_t(row * a.head_dim)],
+                   *g_row = &g[size_t(row * a.value_dim)];
+      const auto key_at = [&](int64_t j) { return size_t((first_key + j) * a.head_dim); };
+      const auto value_at = [&](int64_t j) { return size_t((first_key + j) * a.value_dim); };
+      double* o = &output[size_t(row * a.value_dim)];
+
+      double top = -INFINITY, total = 0;
+      for (int64_t j = 0; j < a.keys; ++j) {
+        double& score = p[size_t(j)];
+        score = a.scale * dot(query_row, &k[key_at(j)], a.head_dim);
+        if (a.mask.kind != kNoMask) score += bias[size_t(row * mask.columns + j * a.mask.column)];
+        if (a.causal && j > i) score = -INFINITY;
+        top = std::max(top, score);
+      }
+      for (double& x : p) total += x = x == -INFINITY ? 0 : std::exp(x - top);
+      row_sum[size_t(row)] = total;
+      // What a query does not see is not 0 times it, which may be NaN.
+      for (int64_t j = 0; j < a.keys; ++j) {
+        if (p[size_t(j)] == 0) continue;
+        p[size_t(j)] /= total;
+        add(p[size_t(j)], &v[value_at(j)], a.value_dim, o);
+      }
+      const double delta = dot(g_row, o, a.value_dim);
+      for (int64_t j = 0; j < a.keys; ++j) {
+        if (p[size_t(j)] == 0) continue;
+        const double dp = dot(g_row, &v[value_at(j)], a.value_dim);
+        const double ds = a.scale * p[size_t(j)] * (dp - delta);
+        add(p[size_t(j)], g_row, a.value_dim, &grad_value[value_at(j)]);
+        add(ds, &k[key_at(j)], a.head_dim, &grad_query[size_t(row * a.head_dim)]);
+        add(ds, query_row, a.head_dim, &grad_key[key_at(j)]);
+      }
+    }
+  }
+};
+
+// Exactly the bytes that a plan asks for, from the start of a cache line.
+struct Lines {
+  size_t size;
+  std::unique_ptr<void, decltype(&std::free)> data;
+
+  explicit Lines(int64_t bytes)
+      : size(size_t(bytes)), data(std::aligned_alloc(64, size), std::free) {}
+  void poison() const { memset(data.get(), 0xff, size); }
+};
+
+template <class Arguments>
+void run(const AttentionKernel<Arguments>& kernel, const Arguments& arguments) {
+  const AttentionPlan plan = kernel.plan(arguments);
+  const Lines workspace(plan.workspace_bytes), scratch(plan.scratch_bytes);
+  workspace.poison();
+  for (int phase = 0; phase < 3; ++phase) {
+    // Any order will do, and no task may count on what another left in its scratch.
+    for (int64_t task = plan.tasks[phase] - 1; task >= 0; --task) {
+      scratch.poison();
+      kernel.run(arguments, phase, task, workspace.data.get(), scratch.data.get());
+    }
+  }
+}
+
+bool check_attention(const Kernels& kernels, DType dtype, DType accumulator, Problem& problem) {
+  const Attention& a = problem.arguments;
+  const double tolerances[] = {1e-5, 1e-12, 3e-2, 3e-3};
+  const double tolerance = tolerances[dtype];
+  Tensor output(dtype, a.batch, a.query_heads, a.queries, a.value_dim), rounding = output;
+  Tensor row_max(accumulator, 1, 1, 1, a.batch * a.query_heads * a.queries), row_sum = row_max;
+  const bool rounds = dtype != accumulator;
+  AttentionForward forward;
+  static_cast<Attention&>(forward) = a;
+  // One thread packs the keys of many heads head by head; a hundred pack them all first.
+  for (int64_t threads : {1, 100}) {
+    for (Tensor* x : {&output, &rounding, &row_max, &row_sum})
+      std::fill(x->bytes.begin(), x->bytes.end(), uint8_t(0xff));
+    forward.threads = threads;
+    forward.output = output.view<void>();
+    forward.rounding = rounds ? rounding.view<void>() : Heads<void>{};
+    forward.row_max = row_max.bytes.data();
+    forward.row_sum = row_sum.bytes.data();
+    run(kernels.attention_forward[dtype], forward);
+    if (!output.is("output", problem.output, tolerance)) return false;
+    if (!row_sum.is("row_sum", problem.row_sum, 1e-5)) return false;
+  }
+
+  Tensor grad_query(dtype, a.batch, a.query_heads, a.queries, a.head_dim);
+  Tensor grad_key(dtype, a.batch, a.heads, a.keys, a.head_dim);
+  Tensor grad_value(dtype, a.batch, a.heads, a.keys, a.value_dim);
+  AttentionBackward backward;
+  static_cast<Attention&>(backward) = a;
+  backward.grad_output = problem.grad_output.view<const void>();
+  backward.output = output.view<const void>();
+  backward.rounding = rounds ? rounding.view<const void>() : Heads<const void>{};
+  backward.row_max = row_max.bytes.data();
+  backward.row_sum = row_sum.bytes.data();
+  backward.grad_query = grad_query.view<void>();
+  backward.grad_key = grad_key.view<void>();
+  backward.grad_value = grad_value.view<void>();
+  run(kernels.attention_backward[dtype], backward);
+  return grad_query.is("grad_query", problem.grad_query, tolerance) &&
+         grad_key.is("grad_key", problem.grad_key, tolerance) &&
+         grad_value.is("grad_value", problem.grad_value, tolerance);
+}
+
+// How many cases are right; -1 if one is not.
+int check_attention_of(const Shape& s) {
+  const Mask masks[] = {{kNoMask, 0},         {kBoolMask, 0},    {kBoolMask, 1},
+                        {kStorageMask, 0},    {kStorageMask, 1}, {kAccumulatorMask, 0},
+                        {kAccumulatorMask, 1}};
+  int checked = 0;
+  for (int t = 0; t < kDTypes; ++t) {
+    const DType dtype = DType(t), accumulator = dtype == kFloat64 ? kFloat64 : kFloat32;
+    for (int m = 0; m < 7; ++m) {
+      for (bool causal : {false, true}) {
+        const Mask& mask = masks[m];
+        const bool nan = causal != (m % 2 == 1);  // once for every mask
+        Problem problem(dtype, accumulator, s, causal, mask, nan);
+        for (int i = 0; i < isa_count(); ++i) {
+          if (!check_attention(isa_at(i), dtype, accumulator, problem)) {
+            std::printf(
+                "%s: dtype %d, heads (%lld, %lld, %lld), %lld queries, %lld keys, columns %lld and "
+                "%lld, causal %d, mask %d of stride %lld, NaN %d\n",
+                isa_at(i).isa, t, static_cast<long long>(s.batch),
+                static_cast<long long>(s.query_heads), static_cast<long long>(s.heads),
+                static_cast<long long>(s.queries), static_cast<long long>(s.keys),
+                static_cast<long long>(s.head_dim), static_cast<long long>(s.value_dim), causal,
+                int(mask.kind), static_cast<long long>(mask.column), nan);
+            return -1;
+          }
+          ++checked;
+        }
+      }
+    }
+  }
+  return checked;
+}
+
 }  // namespace
 
 int main() {
@@ -108,14 +397,29 @@ int main() {
     for (int dtype = 0; dtype < kDTypes; ++dtype) {
       for (int64_t classes : sizes) {
         for (bool stream : {false, true}) {
-          const bool good = dtype == kFloat64
-                                ? check<double>(isa_at(i), DType(dtype), 7, classes, stream)
-                                : check<float>(isa_at(i), DType(dtype), 7, classes, stream);
+          const bool good =
+              dtype == kFloat64
+                  ? check_cross_entropy<double>(isa_at(i), DType(dtype), 7, classes, stream)
+                  : check_cross_entropy<float>(isa_at(i), DType(dtype), 7, classes, stream);
           if (!good) return 1;
           ++checked;
         }
       }
     }
+  }
+  const Shape shapes[] = {
+      {1, 1, 1, 1, 1, 1, 1},     {1, 1, 1, 6, 7, 17, 64},
+      {1, 2, 1, 7, 16, 64, 1},   {2, 4, 2, 16, 17, 129, 17},
+      {1, 1, 1, 17, 6, 1, 129},  {1, 1, 1, 95, 383, 17, 1},
+      {1, 1, 1, 96, 384, 1, 17}, {1, 2, 1, 97, 385, 17, 1},
+      {1, 1, 1, 385, 385, 1, 1},  // causality reaches the second tile of keys
+      {2, 8, 4, 17, 16, 17, 1},   // the forward packs head by head
+      {4, 4, 4, 7, 385, 1, 17},   // and the backward walks two tiles of keys in one task
+  };
+  for (const Shape& shape : shapes) {
+    const int right = check_attention_of(shape);
+    if (right < 0) return 1;
+    checked += right;
   }
   std::printf("%d cases\n", checked);
   return 0;
