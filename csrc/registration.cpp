@@ -13,8 +13,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <memory>
-#include <new>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -221,8 +220,7 @@ AttentionMask mask_of(const std::optional<Tensor>& mask, const Tensor& query, in
 
 Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value,
                        const std::optional<Tensor>& mask, bool is_causal, double scale) {
-  const bool four = query.dim() == 4 && key.dim() == 4 && value.dim() == 4;
-  STD_TORCH_CHECK(four && key.size(0) == query.size(0) && value.size(0) == query.size(0) &&
+  STD_TORCH_CHECK(key.size(0) == query.size(0) && value.size(0) == query.size(0) &&
                       key.size(1) == value.size(1) && key.size(1) > 0 &&
                       query.size(1) % key.size(1) == 0 && key.size(2) == value.size(2) &&
                       key.size(3) == query.size(3),
@@ -245,31 +243,40 @@ Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& val
 // One phase after another, the tasks of a phase by whichever thread is free: under a causal mask
 // they differ in length.
 template <class Arguments>
-void run_attention(const AttentionKernel<Arguments>& kernel, const Arguments& arguments,
+void run_attention(const AttentionKernel<Arguments>& kernel, const Arguments& a,
                    const Tensor& like) {
-  const AttentionPlan plan = kernel.plan(arguments);
+  const AttentionPlan plan = kernel.plan(a);
+  // Waking a thread costs as much as so many multiply-adds.
+  constexpr double kWorthAThread = 1 << 20;
+  const double work = double(a.batch * a.query_heads) * double(a.queries) * double(a.keys) *
+                      double(a.head_dim + a.value_dim);
+  const int64_t threads =
+      int64_t(std::min<double>(torch::stable::get_num_threads(), 1 + work / kWorthAThread));
+
   constexpr int64_t kLine = 64;
-  Tensor memory = torch::stable::new_empty(like, {plan.workspace_bytes + kLine}, ScalarType::Byte);
+  const auto lines = [](int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; };
+  const int64_t workspace = lines(plan.workspace_bytes), scratch = lines(plan.scratch_bytes);
+  Tensor memory =
+      torch::stable::new_empty(like, {workspace + threads * scratch + kLine}, ScalarType::Byte);
   advise_huge_pages(memory);
-  const auto aligned = [](void* p) {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine);
-  };
-  void* workspace = aligned(memory.mutable_data_ptr());
-  std::atomic<bool> out_of_memory{false};
+  const int64_t base = lines(reinterpret_cast<intptr_t>(memory.mutable_data_ptr()));
+  const auto at = [&](int64_t offset) { return reinterpret_cast<void*>(base + offset); };
   for (int phase = 0; phase < 3; ++phase) {
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, plan.tasks[phase], 1, [&](int64_t, int64_t) {
-      // An exception would lose its text here.
-      const std::unique_ptr<char[]> scratch(new (std::nothrow) char[plan.scratch_bytes + kLine]);
-      if (scratch == nullptr) out_of_memory = true;
-      while (!out_of_memory) {
-        const int64_t task = next++;
-        if (task >= plan.tasks[phase]) break;
-        kernel.run(arguments, phase, task, workspace, aligned(scratch.get()));
+    std::atomic<int64_t> next_task{0}, next_scratch{0};
+    torch::stable::parallel_for(0, std::min(threads, plan.tasks[phase]), 1, [&](int64_t, int64_t) {
+      void* own = at(workspace + scratch * next_scratch++);
+      for (int64_t task; (task = next_task++) < plan.tasks[phase];) {
+        kernel.run(a, phase, task, at(0), own);
       }
     });
-    STD_TORCH_CHECK(!out_of_memory, "attention: no memory for ", plan.scratch_bytes,
-                    " bytes of scratch per thread");
+  }
+}
+
+// Rows of unit stride, for the kernels, of tensors of four dimensions.
+void prepare(std::initializer_list<Tensor*> tensors) {
+  for (Tensor* x : tensors) {
+    STD_TORCH_CHECK(x->dim() == 4, "expected tensors of four dimensions, (B, heads, N, columns)");
+    *x = with_unit_columns(*x);
   }
 }
 
@@ -277,11 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, T
                                                                  Tensor value,
                                                                  std::optional<Tensor> mask,
                                                                  bool is_causal, double scale) {
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
-                  "expected query, key and value of four dimensions");
-  query = with_unit_columns(query);
-  key = with_unit_columns(key);
-  value = with_unit_columns(value);
+  prepare({&query, &key, &value});
   const DType dtype = dtype_of(query);
   AttentionForward arguments;
   static_cast<Attention&>(arguments) = attention_of(query, key, value, mask, is_causal, scale);
@@ -305,11 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, T
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
     Tensor output, Tensor rounding, Tensor row_max, Tensor row_sum, bool is_causal, double scale) {
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
-                  "expected query, key and value of four dimensions");
-  query = with_unit_columns(query);
-  key = with_unit_columns(key);
-  value = with_unit_columns(value);
+  prepare({&query, &key, &value, &grad_output, &output, &rounding});
   const DType dtype = dtype_of(query);
   AttentionBackward arguments;
   static_cast<Attention&>(arguments) = attention_of(query, key, value, mask, is_causal, scale);
@@ -317,21 +316,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   const Tensor* outputs[] = {&grad_output, &output, &rounding};
   for (const Tensor* x : outputs) {
     const int64_t columns = x != &rounding || rounded ? value.size(3) : 0;
-    STD_TORCH_CHECK(x->dim() == 4 && x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
+    STD_TORCH_CHECK(x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
                         x->size(2) == query.size(2) && x->size(3) == columns &&
                         x->scalar_type() == query.scalar_type(),
                     "expected grad_output, output and, of 16-bit types, rounding (B, Hq, L, Dv) of "
                     "query's type");
   }
   for (Tensor* x : {&row_max, &row_sum}) {
-    STD_TORCH_CHECK(x->dim() == 3 && x->numel() == query.size(0) * query.size(1) * query.size(2) &&
-                        x->scalar_type() == accumulator_of(dtype),
+    STD_TORCH_CHECK(x->dim() == 3 && x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
+                        x->size(2) == query.size(2) && x->scalar_type() == accumulator_of(dtype),
                     "expected row_max and row_sum (B, Hq, L) in the accumulator type");
     *x = torch::stable::contiguous(*x);
   }
-  grad_output = with_unit_columns(grad_output);
-  output = with_unit_columns(output);
-  rounding = with_unit_columns(rounding);
   Tensor grad_query = new_heads(query, query.size(3));
   Tensor grad_key = new_heads(key, key.size(3));
   Tensor grad_value = new_heads(value, value.size(3));

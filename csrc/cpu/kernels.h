@@ -66,11 +66,12 @@ struct Attention {
 };
 
 struct AttentionForward : Attention {
-  int64_t threads;       // how many there may be; the bits do not depend on it
+  int64_t threads;       // how many there may be: decides where keys are packed, no result
   Heads<void> output;    // the storage type
   Heads<void> rounding;  // what rounding took from it, if the accumulator type is another
-  void* row_max;         // (B, query_heads, L) accumulator type: m = max_j of the scores, * log2(e)
-  void* row_sum;  // the same: sum_j 2^(score_j log2(e) - m); both 0 for a row that sees no key
+  void* row_max;  // (B, query_heads, L) accumulator type: the largest score, in the kernel's units
+                  // (attention.inl.h)
+  void* row_sum;  // the same: sum_j exp(score_j - largest); both 0 for a row that sees no key
 };
 
 struct AttentionBackward : Attention {
