@@ -377,6 +377,28 @@ def poisoned(tensor, index, poison):
     return tensor
 
 
+def test_a_hidden_value_whose_products_overflow_reaches_a_gradient(native_backend):
+    """Finite, as uninitialised memory may be, and infinite as soon as it is multiplied."""
+    inputs = random_qkv(L=70, S=70, dtype=torch.float32)
+    allowed = torch.ones(70, 70, dtype=torch.bool)
+    allowed[:, 40:] = False
+    query, key, value = inputs
+    upstream = upstream_for(query, value)
+    want = attention_gradients(native_backend.attention, inputs, upstream, attn_mask=allowed)
+    hidden = query, key, poisoned(value, slice(40, None), 3e38)
+    got = attention_gradients(native_backend.attention, hidden, upstream, attn_mask=allowed)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_a_single_key_is_not_zero(native_backend, dtype):
+    """Its weight is 1 whatever it is."""
+    query, key, value = inputs = random_qkv(L=9, S=1, D=40, Dv=40, dtype=dtype)
+    _, dq, dk, _ = attention_gradients(native_backend.attention, inputs)
+    assert not dq.any()
+    assert not dk.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize("kind", ["causal", "bool", "additive"])

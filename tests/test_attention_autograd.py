@@ -650,6 +650,20 @@ def test_sequences_of_any_length_recompile_each_time(best_native):
     assert counter.frame_count <= 3
 
 
+def test_a_compiled_jvp_fails_for_sequences_of_any_length(best_native):
+    """The compiler wants a tangent with the strides of what it is the tangent of."""
+
+    def tangents(function, *inputs):
+        return jvp(lambda *x: function(*x, is_causal=True), inputs, inputs)
+
+    torch._dynamo.reset()
+    run = torch.compile(lambda *x: tangents(attention, *x), backend="aot_eager", dynamic=True)
+    for length in (9, 11):
+        inputs = random_qkv(L=length, S=length)
+        close(run(*inputs), tangents(torchs, *inputs))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("transform", ["hessian", "jvp", "jacfwd(jacfwd)", "jvp(grad)"])
 def test_a_compiled_transform_is_zero_or_wrong(best_native, compiled, transform):
     x = random_qkv(1, 1, 1, 3, 3, 2)[0]

@@ -650,8 +650,9 @@ static void pack_query_block(const AttentionBackward& a, const Tiling<T>& l,
   to.finite_queries[block] = finite;
 }
 
-// One row's products and dp of a tile to the weights p and ds; zeros from n up to `padded`. Where
-// NaN may be about, what is masked gets 0 whatever m is, and ds is not p * dp where p is 0.
+// One row's products and dp of a tile to the weights p and ds; zeros from n up to `padded`. Where p
+// is 1, ds is 0: delta is dp, though summed in another order. Where NaN may be about, what is
+// masked gets 0 whatever m is, and ds is not p * dp where p is 0.
 template <bool kFinite, class A>
 static inline void gradient_row(A* s, A* dp, int64_t n, int64_t padded, A factor, A m, A inverse,
                                 A delta) {
@@ -665,10 +666,11 @@ static inline void gradient_row(A* s, A* dp, int64_t n, int64_t padded, A factor
       const int64_t at = j + (&x - p) * V::width;
       x = x * V::all(inverse);
       if (!kFinite) x = where_equal(V::load(s + at), lowest, zero, x);
-      // Where one weight is all, delta is dp, but summed in another order.
-      const V ds = where_equal(x, V::all(1), zero, x * (V::load(dp + at) - V::all(delta)));
+      V ds = x * (V::load(dp + at) - V::all(delta));
+      ds = where_equal(x, V::all(1), kFinite ? zero : ds * zero, ds);
+      if (!kFinite) ds = where_equal(x, zero, zero, ds);
       x.store(s + at);
-      (kFinite ? ds : where_equal(x, zero, zero, ds)).store(dp + at);
+      ds.store(dp + at);
     }
   };
   int64_t j = 0;

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastgpt.dispatch import NOT_IMPLEMENTED, Cell, nested_forward_levels, register
-from fastgpt.ops.attention import AttentionCall, scores_shape
+from fastgpt.ops.attention import AttentionCall
 from fastgpt.ops.cross_entropy import CrossEntropyCall, class_rows
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -94,15 +94,15 @@ def _covers_attention(call: AttentionCall) -> str:
         if x.numel() == 0:
             return f"an empty {name}"
         if x.shape[-1] > MAX_HEAD_DIM:
-            return f"a head_dim of {x.shape[-1]}, above {MAX_HEAD_DIM}"
+            return f"a head_dim of {x.shape[-1]} in {name}, above {MAX_HEAD_DIM}"
+    if call.enable_gqa and call.key.shape[-3] != call.value.shape[-3]:
+        return "key and value heads that differ"
     mask = call.attn_mask
     if mask is not None:
         if mask.requires_grad and torch.is_grad_enabled():
             return "a gradient of attn_mask"
         if is_traceable_wrapper_subclass(mask):
             return f"a tensor subclass, {type(mask).__name__}"
-        if scores_shape(call) != scores_shape(call._replace(attn_mask=None)):
-            return "an attn_mask that is larger than the scores"
     return _covers_transforms()
 
 

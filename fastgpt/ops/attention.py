@@ -9,8 +9,8 @@ upstream gradient of the output o:
 
 These run in kernels that hold tiles of x, p and ds only. The jvp and the second-order forms, below,
 are torch operations on the inputs, so that they can be differentiated again, to any order; they
-take the queries in chunks, so that their memory is linear in the sequence, too. A query that may
-look at nothing has output and gradient 0.
+take the queries in chunks, so that their memory is linear in the sequence, too, unless autograd
+records them for a third order. A query that may look at nothing has output and gradient 0.
 
 `Attention` and `AttentionBackward` are two Functions because the first one's backward is
 differentiable only if it is made of differentiable pieces, and a kernel is not one.
@@ -53,21 +53,17 @@ class FourDimensional(NamedTuple):
     output_shape: torch.Size
 
 
-def scores_shape(call: AttentionCall) -> torch.Size:
-    """(..., Hq, L, S). Raises RuntimeError if the batch dimensions or the mask do not broadcast."""
-    q, k, v = call.query, call.key, call.value
-    last = -3 if call.enable_gqa else -2
-    batch = torch.broadcast_shapes(q.shape[:last], k.shape[:last], v.shape[:last])
-    scores = (*batch, *q.shape[last:-1], k.shape[-2])
-    if call.attn_mask is not None:
-        scores = torch.broadcast_shapes(scores, call.attn_mask.shape)
-    return torch.Size(scores)
+def scores_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> torch.Size:
+    """(..., Hq, L, S). Raises RuntimeError if the batch dimensions do not broadcast."""
+    last = -3 if enable_gqa else -2
+    batch = torch.broadcast_shapes(*(x.shape[:last] for x in (query, key, value)))
+    return torch.Size((*batch, *query.shape[last:-1], key.shape[-2]))
 
 
 def four_dimensional(call: AttentionCall) -> FourDimensional:
     """Batch dimensions broadcast and folded into one, by views wherever strides allow."""
     q, k, v, mask = call[:4]
-    scores = scores_shape(call)
+    scores = scores_shape(q, k, v, call.enable_gqa)
     batch = scores[:-2]
 
     def fold_batch(x: Tensor, heads: int | None) -> Tensor:
@@ -77,7 +73,7 @@ def four_dimensional(call: AttentionCall) -> FourDimensional:
     heads = [x.shape[-3] if call.enable_gqa else (batch[-1] if batch else None) for x in (q, k, v)]
     if mask is not None:
         if mask.is_floating_point() and mask.dtype != q.dtype:
-            mask = mask.to(accumulator_dtype(q.dtype))
+            mask = _convert(mask, accumulator_dtype(q.dtype))
         mask = mask[(None,) * (max(len(scores), 4) - mask.dim())]
         if mask.dim() > 4:
             one = all(size == 1 for size in mask.shape[:-3])
@@ -92,6 +88,15 @@ def four_dimensional(call: AttentionCall) -> FourDimensional:
         1 / math.sqrt(q.shape[-1]) if call.scale is None else float(call.scale),
         torch.Size((*scores[:-1], v.shape[-1])),
     )
+
+
+def _convert(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another type; what is expanded stays one copy."""
+    if mask.dtype == dtype:
+        return mask
+    for dim, stride in enumerate(mask.stride()):
+        mask = mask.narrow(dim, 0, 1) if stride == 0 and mask.shape[dim] > 1 else mask
+    return mask.to(dtype)
 
 
 # ---- the closed forms in torch operations ----
@@ -309,6 +314,11 @@ def _new_heads(heads: Tensor, columns: int) -> Tensor:
     return heads.new_empty_strided((B, H, N, columns), (N * H * columns, columns, H * columns, 1))
 
 
+def _laid_out(x: Tensor) -> Tensor:
+    """In that order: the compiler insists on a tangent with the strides of its primal."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _forward_fake(
     query: Tensor,
     key: Tensor,
@@ -461,7 +471,8 @@ class AttentionBackward(Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         grad_output, *tensors = ctx.saved_tensors
-        return _backward_jvp(tangents[:5], grad_output, (*tensors, *ctx.options))
+        found = _backward_jvp(tangents[:5], grad_output, (*tensors, *ctx.options))
+        return tuple(map(_laid_out, found))
 
 
 class Attention(Function):
@@ -473,8 +484,9 @@ class Attention(Function):
     The last three are for the backward and have no gradient. `rounding` is what a 16-bit output
     lost when it was rounded, again in 16 bits (and has no columns for other types): <p, dp> is
     taken as <g, o>, and where the weights are all but certain, ds is smaller than o's rounding. The
-    statistics (B, Hq, L), in the accumulator type, are m_i = max_j x_ij log2(e) and the sum over j
-    of 2^(x_ij log2(e) - m_i), both 0 for a query that may look at nothing.
+    statistics (B, Hq, L), in the accumulator type, are each query's largest score, in units that
+    are the backend's own, and the sum over j of exp(x_ij - max x_i); both 0 for a query that may
+    look at nothing.
     """
 
     generate_vmap_rule = True
@@ -507,7 +519,7 @@ class Attention(Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors
-        tangent = _jvp(tangents[:4], (*saved[:4], *ctx.options[:2]))
+        tangent = _laid_out(_jvp(tangents[:4], (*saved[:4], *ctx.options[:2])))
         # Zeros, not None: see CrossEntropy.jvp.
         return tangent, *(torch.zeros_like(x) for x in saved[5:])
 

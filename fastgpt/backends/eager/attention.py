@@ -38,7 +38,9 @@ def scaled_dot_product_attention(
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
         v = v.repeat_interleave(q.shape[-3] // v.shape[-3], dim=-3)
     # Without the scale the scores' variance is head_dim and the softmax starts out nearly one-hot.
-    scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if scale is None:
+        scale = 1 / math.sqrt(max(q.shape[-1], 1))
+    scores = q @ k.transpose(-2, -1) * scale
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, -math.inf)
