@@ -393,7 +393,7 @@ def test_a_hidden_value_whose_products_overflow_reaches_a_gradient(native_backen
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gradient_of_a_single_key_is_not_zero(native_backend, dtype):
     """Its weight is 1 whatever it is."""
-    query, key, value = inputs = random_qkv(L=9, S=1, D=40, Dv=40, dtype=dtype)
+    inputs = random_qkv(L=9, S=1, D=40, Dv=40, dtype=dtype)
     _, dq, dk, _ = attention_gradients(native_backend.attention, inputs)
     assert not dq.any()
     assert not dk.any()

@@ -9,12 +9,10 @@ from oracle import (
     DTYPES,
     additive,
     attention_gradients,
-    exact_attention,
     gradient_of,
     random_like,
     random_mask,
     random_qkv,
-    upstream_for,
 )
 from torch.testing._internal.two_tensor import TwoTensor
 
