@@ -329,7 +329,8 @@ def _forward_fake(
 ) -> tuple[Tensor, ...]:
     dtype = accumulator_dtype(query.dtype)
     columns = value.shape[3]
-    output, rounding = (_new_heads(query, n) for n in (columns, columns * (dtype != query.dtype)))
+    output = _new_heads(query, columns)
+    rounding = _new_heads(query, columns if dtype != query.dtype else 0)
     row_max, row_sum = (query.new_empty(query.shape[:3], dtype=dtype) for _ in range(2))
     return output, rounding, row_max, row_sum
 
