@@ -6,7 +6,6 @@ round disturbs both sides of it. What is reported is the median of the ratios an
 """
 
 import gc
-import os
 import random
 import statistics
 import time
@@ -19,6 +18,7 @@ import torch
 import fastgpt
 from benchmarks import UnavailableError, gates, peers
 from benchmarks.gates import Errors, Function, Inputs
+from benchmarks.memory import peak_bytes
 from benchmarks.peers import Provider
 from benchmarks.shapes import Shape
 
@@ -96,7 +96,7 @@ def compare(shape: Shape, budget: float = 15.0, rounds: tuple[int, int] = (5, 30
     inputs = shape.inputs()
     _gate(shape, providers, rows, functions, inputs)
     for name, function in functions.items():
-        rows[name].peak_bytes = _peak_bytes(function, inputs)
+        rows[name].peak_bytes = peak_bytes(lambda f=function: inputs.gradients(inputs.value(f)))
 
     def timed(function: Function) -> Callable[[], tuple[float, float]]:
         return lambda: _forward_backward(function, inputs)
@@ -197,24 +197,6 @@ def _interleave(
             done += 1
     finally:
         gc.enable()
-
-
-def _peak_bytes(function: Function, inputs: Inputs) -> int:
-    """The most that torch's allocator held at once for one forward and backward, the gradients
-    included: from the profiler's record of every allocation, so it is exact and repeatable.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints each start and stop
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        gradients = inputs.gradients(inputs.value(function))
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del gradients
-    return peak
 
 
 # ---- as text ----

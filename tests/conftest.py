@@ -99,3 +99,11 @@ def threads() -> Iterator[None]:
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
+
+
+@pytest.fixture
+def compiled():
+    """torch.compile with a backend that traces and differentiates, and generates no code."""
+    torch._dynamo.reset()
+    yield lambda f, **kw: torch.compile(f, fullgraph=True, backend="aot_eager", **kw)
+    torch._dynamo.reset()

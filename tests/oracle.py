@@ -6,9 +6,7 @@ sum of the others', so that it holds at p -> 1.
 """
 
 import math
-import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,24 +45,6 @@ def gradients_of(function, inputs, upstream):
     leaves = [x.detach().requires_grad_() for x in inputs]
     value = function(*leaves)
     return value.detach(), *torch.autograd.grad(value, leaves, upstream)
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most that torch's allocator held at once for a call: its result included, and what was
-    there before not.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints each start and stop
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        kept = function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del kept
-    return peak
 
 
 def wide(x: torch.Tensor) -> np.ndarray:

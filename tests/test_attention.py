@@ -21,13 +21,14 @@ from oracle import (
     gradient_of,
     gradients_of,
     half_ulp,
-    peak_bytes,
     random_like,
     random_mask,
     random_qkv,
     relative_errors,
     upstream_for,
 )
+
+from benchmarks.memory import peak_bytes
 
 NAN, INF = math.nan, math.inf
 

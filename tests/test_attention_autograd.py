@@ -13,7 +13,6 @@ from oracle import (
     additive,
     attention_gradients,
     gradient_of,
-    peak_bytes,
     random_like,
     random_mask,
     random_qkv,
@@ -25,6 +24,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt
+from benchmarks.memory import peak_bytes
 
 attention = fastgpt.scaled_dot_product_attention
 
@@ -578,14 +578,6 @@ def test_a_raw_operator_accepts_what_its_kernel_cannot_read(best_native):
 
 
 # ---- torch.compile ----
-
-
-@pytest.fixture
-def compiled():
-    """torch.compile with a backend that traces and differentiates, and generates no code."""
-    torch._dynamo.reset()
-    yield lambda f, **kw: torch.compile(f, fullgraph=True, backend="aot_eager", **kw)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -519,14 +519,6 @@ def test_known_limit_a_raw_operator_keeps_a_dual_tangent(native_backend):
 # ---- torch.compile ----
 
 
-@pytest.fixture
-def compiled():
-    """torch.compile with a backend that traces and differentiates, and generates no code."""
-    torch._dynamo.reset()
-    yield lambda f, **kw: torch.compile(f, fullgraph=True, backend="aot_eager", **kw)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_compiled_function_is_wrong(one_isa, compiled, dtype):
     logits, target = random_logits(6, 9, dtype=dtype)

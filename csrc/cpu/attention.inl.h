@@ -102,6 +102,13 @@ static inline bool all_finite(const T* x, int64_t n) {
   return dot<acc_t<T>>(x, x, n) < acc_t<T>(INFINITY);
 }
 
+template <class T>
+static inline bool all_finite(const T* x, int64_t row_stride, int64_t rows, int64_t n) {
+  bool finite = true;
+  for (int64_t r = 0; r < rows; ++r) finite &= all_finite(x + r * row_stride, n);
+  return finite;
+}
+
 // ---- the tiles of one call ----
 
 template <class T>
@@ -138,6 +145,16 @@ struct Tiling {
     key_tiles = ceil_div(a.keys, tile);
     all_query_blocks = query_heads * query_blocks;
     all_key_tiles = heads * key_tiles;
+  }
+
+  struct QueryBlock {
+    int64_t head, b, h;   // the head among those of all sequences; its sequence, its number there
+    int64_t query, rows;  // the first query, and how many
+  };
+  QueryBlock query_block(const Attention& a, int64_t i) const {
+    const int64_t head = i / query_blocks, query = i % query_blocks * block;
+    return {head, head / a.query_heads, head % a.query_heads, query,
+            smaller(block, a.queries - query)};
   }
 
   // A matrix of `rows` rows as the A of a product along its columns, and as the B of one along its
@@ -375,9 +392,7 @@ static void pack_forward(const AttentionForward& a, const Tiling<T>& l, const Fo
                        to.keys + tile * l.tile * l.depth);
   L::pack_b(value, a.value.row, n, a.value_dim,
             to.values + tile * (l.tile / L::terms) * l.value_columns);
-  bool finite = true;
-  for (int64_t j = 0; j < n; ++j) finite &= all_finite(value + j * a.value.row, a.value_dim);
-  to.finite[tile] = finite;
+  to.finite[tile] = all_finite(value, a.value.row, n, a.value_dim);
 }
 
 template <class A>
@@ -386,6 +401,17 @@ static inline A row_maximum(const A* s, int64_t n) {
   V top = V::all(A(-INFINITY));
   for (int64_t j = 0; j < n; j += V::width) top = max(top, V::load(s + j));
   return top.reduce_max();
+}
+
+// Calls some(j, registers) for the columns j up to n, four registers at a time or one; returns the
+// column behind the last of them.
+template <class V, class Some>
+static inline int64_t in_step(int64_t n, const Some& some) {
+  int64_t j = 0;
+  V four[4], one[1];
+  for (; j + 3 * V::width < n; j += 4 * V::width) some(j, four);
+  for (; j < n; j += V::width) some(j, one);
+  return j;
 }
 
 // One row's products to weights 2^(factor (s - shift)), zeros from n up to `padded`; their sum. The
@@ -402,10 +428,7 @@ static inline A softmax_row(const A* s, int64_t n, int64_t padded, A factor, A s
       sum = sum + x;
     }
   };
-  int64_t j = 0;
-  V four[4], one[1];
-  for (; j + 3 * V::width < n; j += 4 * V::width) some(j, four);
-  for (; j < n; j += V::width) some(j, one);
+  int64_t j = in_step<V>(n, some);
   for (; j < padded; j += V::width) store_weights(V::all(0), weights, j);
   return sum.reduce_add();
 }
@@ -455,10 +478,8 @@ static void forward_block(const AttentionForward& a, const Tiling<T>& l, const F
   using A = typename L::A;
   using E = typename L::E;
   // The last block first: under a causal mask it is the longest.
-  const int64_t head = task / l.query_blocks;
-  const int64_t query = (l.query_blocks - 1 - task % l.query_blocks) * l.block;
-  const int64_t b = head / a.query_heads, h = head % a.query_heads;
-  const int64_t rows = smaller(l.block, a.queries - query);
+  const int64_t block = task + l.query_blocks - 1 - 2 * (task % l.query_blocks);
+  const auto [head, b, h, query, rows] = l.query_block(a, block);
   const int64_t kv_head = b * a.heads + h / (a.query_heads / a.heads);
   const int64_t first_tile = to.by_head ? 0 : kv_head * l.key_tiles;
   const int64_t registers = l.value_columns / L::width;
@@ -609,12 +630,8 @@ static bool pack_key_tile(const AttentionBackward& a, const BackwardMemory<T>& t
   L::pack_transposed_b(keys, a.key.row, n, a.head_dim, to.keys_transposed);
   L::pack_transposed_b(values, a.value.row, n, a.value_dim, to.values_transposed);
   L::pack_b(keys, a.key.row, n, a.head_dim, to.keys);
-  bool finite = true;
-  for (int64_t j = 0; j < n; ++j) {
-    finite &= all_finite(keys + j * a.key.row, a.head_dim) &&
-              all_finite(values + j * a.value.row, a.value_dim);
-  }
-  return finite;
+  return all_finite(keys, a.key.row, n, a.head_dim) &&
+         all_finite(values, a.value.row, n, a.value_dim);
 }
 
 template <class T>
@@ -622,9 +639,7 @@ static void pack_query_block(const AttentionBackward& a, const Tiling<T>& l,
                              const BackwardMemory<T>& to, int64_t block) {
   using L = Tiling<T>;
   using A = typename L::A;
-  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * l.block;
-  const int64_t b = head / a.query_heads, h = head % a.query_heads;
-  const int64_t rows = smaller(l.block, a.queries - query);
+  const auto [head, b, h, query, rows] = l.query_block(a, block);
   const T* q = at<T>(a.query, b, h, query);
   const T* grad = at<T>(a.grad_output, b, h, query);
   L::pack_b(q, a.query.row, rows, a.head_dim,
@@ -638,14 +653,15 @@ static void pack_query_block(const AttentionBackward& a, const Tiling<T>& l,
   }
   const int64_t first_row = head * a.queries + query;
   bool finite = all_finite(static_cast<const A*>(a.row_max) + first_row, rows) &&
-                all_finite(static_cast<const A*>(a.row_sum) + first_row, rows);
+                all_finite(static_cast<const A*>(a.row_sum) + first_row, rows) &&
+                all_finite(q, a.query.row, rows, a.head_dim) &&
+                all_finite(grad, a.grad_output.row, rows, a.value_dim);
   for (int64_t r = 0; r < rows; ++r) {
     const T* g = grad + r * a.grad_output.row;
     A& delta = to.delta[block * l.block + r];
     delta = dot<A>(g, at<T>(a.output, b, h, query + r), a.value_dim);
     if (L::rounds) delta += dot<A>(g, at<T>(a.rounding, b, h, query + r), a.value_dim);
-    finite &=
-        all_finite(q + r * a.query.row, a.head_dim) && all_finite(g, a.value_dim) && delta * 0 == 0;
+    finite &= delta * 0 == 0;
   }
   to.finite_queries[block] = finite;
 }
@@ -673,10 +689,7 @@ static inline void gradient_row(A* s, A* dp, int64_t n, int64_t padded, A factor
       ds.store(dp + at);
     }
   };
-  int64_t j = 0;
-  V four[4], one[1];
-  for (; j + 3 * V::width < n; j += 4 * V::width) some(j, four);
-  for (; j < n; j += V::width) some(j, one);
+  int64_t j = in_step<V>(n, some);
   for (; j < padded; j += V::width) {
     zero.store(s + j);
     zero.store(dp + j);
@@ -715,9 +728,7 @@ static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
   using L = Tiling<T>;
   using A = typename L::A;
   using E = typename L::E;
-  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * l.block;
-  const int64_t b = head / a.query_heads, h = head % a.query_heads;
-  const int64_t rows = smaller(l.block, a.queries - query);
+  const auto [head, b, h, query, rows] = l.query_block(a, block);
   const int64_t n = visible_keys(a, query + rows - 1, key, tile_keys);
   if (into == Into::kFresh) {
     // The queries that see nothing of this tile, and so nothing of the chunk's later ones.
@@ -820,9 +831,7 @@ static void sum_chunks(const AttentionBackward& a, const Tiling<T>& l, const Bac
                        int64_t block) {
   using A = typename Tiling<T>::A;
   using V = Vec<A>;
-  const int64_t head = block / l.query_blocks, query = block % l.query_blocks * l.block;
-  const int64_t b = head / a.query_heads, h = head % a.query_heads;
-  const int64_t rows = smaller(l.block, a.queries - query);
+  const auto [head, b, h, query, rows] = l.query_block(a, block);
   A* total = to.grad_query + block * l.block * l.columns;
   for (int64_t chunk = 1; chunk < to.chunks; ++chunk) {
     const A* part = total + chunk * l.all_query_blocks * l.block * l.columns;
