@@ -100,8 +100,19 @@ void check_targets(const Tensor& target, int64_t classes, int64_t ignore_index) 
   }
 }
 
+// The kernels have neither yet; the public function does not send them here.
+void check_plain(const std::optional<Tensor>& weight, double label_smoothing) {
+  STD_TORCH_CHECK(!weight.has_value() && label_smoothing == 0,
+                  "the CPU kernel expects no weight and no label smoothing, got ",
+                  weight.has_value() ? "a weight" : "no weight", " and a label smoothing of ",
+                  label_smoothing);
+}
+
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logits, Tensor target,
-                                                             int64_t ignore_index) {
+                                                             std::optional<Tensor> weight,
+                                                             int64_t ignore_index,
+                                                             double label_smoothing) {
+  check_plain(weight, label_smoothing);
   check_rows(logits, target);
   logits = with_unit_stride(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
@@ -127,8 +138,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logits, Tens
   return {loss, row_max, rest};
 }
 
-Tensor cross_entropy_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target, Tensor row_max,
-                                  Tensor rest, int64_t ignore_index) {
+Tensor cross_entropy_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target,
+                                  std::optional<Tensor> weight, Tensor row_max, Tensor rest,
+                                  int64_t ignore_index, double label_smoothing) {
+  check_plain(weight, label_smoothing);
   check_rows(logits, target);
   logits = with_unit_stride(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);

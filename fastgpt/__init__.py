@@ -2,6 +2,7 @@
 
 from fastgpt.backends import eager as _eager  # noqa: F401 (fills its column of the table)
 from fastgpt.backends import native as _native  # noqa: F401
+from fastgpt.backends import triton as _triton  # noqa: F401
 from fastgpt.dispatch import backend as backend
 from fastgpt.dispatch import read_environment as _read_environment
 from fastgpt.drop_in import checkpoint_context_fn as checkpoint_context_fn

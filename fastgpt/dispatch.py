@@ -114,9 +114,14 @@ def prefer(name: str | None) -> str | None:
     return previous
 
 
+def asked_for() -> str | None:
+    """The backend that this thread, or else the process, prefers; None where it left the choice."""
+    return _preference.backend or _default
+
+
 def choose(op: str, device: str, call: Any) -> list[Decision]:
     """Ask the backends in turn; the last decision names the one that runs."""
-    preferred = _preference.backend or _default
+    preferred = asked_for()
     decisions = []
     for name in BACKENDS:
         cell = lookup(op, name, device)

@@ -14,6 +14,7 @@ from fastgpt.backends.eager import cross_entropy as eager_cross_entropy
 from fastgpt.dispatch import Decision
 from fastgpt.ops.attention import Attention, AttentionCall, four_dimensional, scores_shape
 from fastgpt.ops.cross_entropy import CrossEntropy, CrossEntropyCall, class_rows
+from fastgpt.ops.raw import accumulator_dtype
 
 # ---- cross-entropy ----
 
@@ -85,12 +86,22 @@ def cross_entropy(
 
 
 def _fused_cross_entropy(call: CrossEntropyCall, backend: str) -> Tensor:
-    target = call.target.long().reshape(-1)
-    loss, _, _ = CrossEntropy.apply(class_rows(call.logits), target, call.ignore_index, backend)
+    logits, target = class_rows(call.logits), call.target.long().reshape(-1)
+    weight = call.weight
+    if weight is not None:
+        weight = weight.to(accumulator_dtype(call.logits.dtype))
+    smoothing = max(float(call.label_smoothing), 0.0)  # below zero it is none, as torch's
+    loss, _, _ = CrossEntropy.apply(logits, target, weight, call.ignore_index, smoothing, backend)
     if call.reduction == "none":
         return loss
     total = _sum_rows(loss)
-    return total if call.reduction == "sum" else total / (target != call.ignore_index).sum()
+    if call.reduction == "sum":
+        return total
+    kept = target != call.ignore_index
+    if weight is None:
+        return total / kept.sum()
+    at_target = weight.index_select(0, target.masked_fill(~kept, 0))
+    return total / _sum_rows(at_target.masked_fill(~kept, 0))
 
 
 def _sum_rows(loss: Tensor) -> Tensor:

@@ -430,6 +430,7 @@ def test_batched_backward_is_wrong(backend):
 
 forward_operator = torch.ops.fastgpt.cross_entropy_forward.default
 backward_operator = torch.ops.fastgpt.cross_entropy_backward.default
+PLAIN = (None, -100, 0.0)  # no weight, the default ignore_index, no smoothing
 OPCHECKS = (
     "test_schema",
     "test_autograd_registration",
@@ -442,12 +443,14 @@ OPCHECKS = (
 def test_opcheck_finds_fault_with_a_raw_operator(best_native, dtype):
     logits, target = random_logits(5, 7, dtype=dtype)
     target[1] = -100
-    loss, row_max, rest = forward_operator(logits, target, -100)
+    loss, row_max, rest = forward_operator(logits, target, *PLAIN)
     upstream = random_like(loss).requires_grad_()
     logits.requires_grad_()
-    torch.library.opcheck(forward_operator, (logits, target, -100), test_utils=OPCHECKS)
+    torch.library.opcheck(forward_operator, (logits, target, *PLAIN), test_utils=OPCHECKS)
     torch.library.opcheck(
-        backward_operator, (upstream, logits, target, row_max, rest, -100), test_utils=OPCHECKS
+        backward_operator,
+        (upstream, logits, target, None, row_max, rest, -100, 0.0),
+        test_utils=OPCHECKS,
     )
 
 
@@ -455,54 +458,58 @@ def test_a_raw_operators_own_gradient_is_wrong(native_backend):
     logits, target = small()
     x = logits.clone().requires_grad_()
     upstream = random_like(logits[:, 0])
-    loss, row_max, rest = forward_operator(x, target, -100)
+    loss, row_max, rest = forward_operator(x, target, *PLAIN)
     assert not row_max.requires_grad
     assert not rest.requires_grad
     (got,) = torch.autograd.grad(loss, x, upstream)
     want = gradient_of(lambda x: F.cross_entropy(x, target, reduction="none"), logits, upstream)[1]
     close(got, want)
 
-    loss, row_max, rest = (t.detach() for t in forward_operator(logits, target, -100))
+    loss, row_max, rest = (t.detach() for t in forward_operator(logits, target, *PLAIN))
     assert torch.autograd.gradcheck(
-        lambda g, x: backward_operator(g, x, target, *forward_operator(x, target, -100)[1:], -100),
+        lambda g, x: backward_operator(
+            g, x, target, None, *forward_operator(x, target, *PLAIN)[1:], -100, 0.0
+        ),
         (upstream.clone().requires_grad_(), logits.clone().requires_grad_()),
     )
 
 
 def test_a_raw_operator_accepts_what_its_kernel_cannot_read(best_native):
     logits, target = random_logits(4, 5)
-    loss, row_max, rest = forward_operator(logits, target, -100)
+    loss, row_max, rest = forward_operator(logits, target, *PLAIN)
     bad_forward = [
-        (logits[0], target, -100),
-        (logits, target[:3], -100),
-        (logits, target.int(), -100),
-        (logits.int(), target, -100),
-        (logits[:, :0], target, -100),
-        (logits, target + 5, -100),
+        (logits[0], target, *PLAIN),
+        (logits, target[:3], *PLAIN),
+        (logits, target.int(), *PLAIN),
+        (logits.int(), target, *PLAIN),
+        (logits[:, :0], target, *PLAIN),
+        (logits, target + 5, *PLAIN),
     ]
     for arguments in bad_forward:
         with pytest.raises(RuntimeError):
             forward_operator(*arguments)
     bad_backward = [
-        (loss[:3], logits, target, row_max, rest),
-        (loss.double(), logits, target, row_max, rest),
-        (loss, logits, target, row_max[:1].expand(4), rest),
-        (loss, logits, target, row_max, rest.bfloat16()),
-        (loss, logits, target - 9, row_max, rest),
+        (loss[:3], logits, target, None, row_max, rest),
+        (loss.double(), logits, target, None, row_max, rest),
+        (loss, logits, target, None, row_max[:1].expand(4), rest),
+        (loss, logits, target, None, row_max, rest.bfloat16()),
+        (loss, logits, target - 9, None, row_max, rest),
     ]
     for arguments in bad_backward:
         with pytest.raises(RuntimeError):
-            backward_operator(*arguments, -100)
+            backward_operator(*arguments, -100, 0.0)
 
 
 def test_a_raw_operator_reads_other_strides_wrongly(native_backend):
     logits, target = random_logits(4, 5)
-    dense = forward_operator(logits, target, -100)
+    dense = forward_operator(logits, target, *PLAIN)
     strided = logits.t().contiguous().t()
-    for got, want in zip(forward_operator(strided, target, -100), dense, strict=True):
+    for got, want in zip(forward_operator(strided, target, *PLAIN), dense, strict=True):
         assert torch.equal(got, want)
-    gradient = backward_operator(dense[0], logits, target, *dense[1:], -100)
-    assert torch.equal(backward_operator(dense[0], strided, target, *dense[1:], -100), gradient)
+    gradient = backward_operator(dense[0], logits, target, None, *dense[1:], -100, 0.0)
+    assert torch.equal(
+        backward_operator(dense[0], strided, target, None, *dense[1:], -100, 0.0), gradient
+    )
 
 
 def test_known_limit_a_raw_operator_keeps_a_dual_tangent(native_backend):
@@ -512,7 +519,7 @@ def test_known_limit_a_raw_operator_keeps_a_dual_tangent(native_backend):
     logits, target = small()
     with fwAD.dual_level():
         dual = fwAD.make_dual(logits, random_like(logits))
-        loss, _, _ = forward_operator(dual, target, -100)
+        loss, _, _ = forward_operator(dual, target, *PLAIN)
         assert fwAD.unpack_dual(loss).tangent is None
 
 

@@ -9,14 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-from fastgpt.dispatch import NOT_IMPLEMENTED, Cell, nested_forward_levels, register
+from fastgpt.backends import coverage
+from fastgpt.dispatch import NOT_IMPLEMENTED, Cell, register
 from fastgpt.ops.attention import AttentionCall
-from fastgpt.ops.cross_entropy import CrossEntropyCall, class_rows
+from fastgpt.ops.cross_entropy import CrossEntropyCall
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 512  # a tile of it and its gradients still fits the caches
 
 
@@ -68,58 +65,15 @@ def isa() -> str | None:
 
 
 def _covers_cross_entropy(call: CrossEntropyCall) -> str:
-    if call.target.is_floating_point():
-        return "probability targets"
     if call.weight is not None:
         return "class weights"
     if call.label_smoothing > 0:
         return "label smoothing"
-    reason = _covers_tensor("logits", call.logits)
-    if reason:
-        return reason
-    if call.logits.shape[1] == 0:
-        return "no classes"
-    if class_rows(call.logits) is None:
-        return "strides: the classes of a row do not lie together, or the rows at no one distance"
-    return _covers_transforms()
+    return coverage.cross_entropy(call)
 
 
 def _covers_attention(call: AttentionCall) -> str:
-    if call.dropout_p > 0:
-        return "dropout"
-    for name, x in (("query", call.query), ("key", call.key), ("value", call.value)):
-        reason = _covers_tensor(name, x)
-        if reason:
-            return reason
-        if x.numel() == 0:
-            return f"an empty {name}"
-        if x.shape[-1] > MAX_HEAD_DIM:
-            return f"a head_dim of {x.shape[-1]} in {name}, above {MAX_HEAD_DIM}"
-    if call.enable_gqa and call.key.shape[-3] != call.value.shape[-3]:
-        return "key and value heads that differ"
-    mask = call.attn_mask
-    if mask is not None:
-        if mask.requires_grad and torch.is_grad_enabled():
-            return "a gradient of attn_mask"
-        if is_traceable_wrapper_subclass(mask):
-            return f"a tensor subclass, {type(mask).__name__}"
-    return _covers_transforms()
-
-
-def _covers_tensor(name: str, x: torch.Tensor) -> str:
-    if x.dtype not in DTYPES:
-        return f"{name} of type {x.dtype}"
-    if is_traceable_wrapper_subclass(x):
-        return f"a tensor subclass, {type(x).__name__}"
-    if x.layout != torch.strided:
-        return f"{name} of layout {x.layout}"
-    return ""
-
-
-def _covers_transforms() -> str:
-    if nested_forward_levels() > 1:
-        return "nested forward-mode levels, in which torch loses a custom function's second tangent"
-    return ""
+    return coverage.attention(call, MAX_HEAD_DIM)
 
 
 register(Cell("cross_entropy", "native", "cpu", _reason, _covers_cross_entropy))

@@ -319,14 +319,10 @@ def _laid_out(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, ...]:
+def new_outputs(
+    query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward's results, not yet written: output, rounding, row_max and row_sum."""
     dtype = accumulator_dtype(query.dtype)
     columns = value.shape[3]
     output = _new_heads(query, columns)
@@ -335,10 +331,12 @@ def _forward_fake(
     return output, rounding, row_max, row_sum
 
 
-def _backward_fake(
+def new_gradients(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
-) -> tuple[Tensor, ...]:
-    return tuple(_new_heads(x, x.shape[3]) for x in (query, key, value))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward's results, not yet written."""
+    grad_query, grad_key, grad_value = (_new_heads(x, x.shape[3]) for x in (query, key, value))
+    return grad_query, grad_key, grad_value
 
 
 def _fold_mask(info: Any, dim: int | None, mask: Tensor | None, batch: int) -> Tensor | None:
@@ -370,8 +368,8 @@ def define(namespace: str) -> Launcher:
     )
     operators = getattr(torch.ops, namespace)
     launcher = Launcher(operators.attention_forward.default, operators.attention_backward.default)
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
+    torch.library.register_fake(forward, new_outputs)
+    torch.library.register_fake(backward, new_gradients)
 
     def forward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
         folded = fold(info, in_dims[:3], inputs[:3])

@@ -1,11 +1,17 @@
 """Softmax-cross-entropy of class-index targets over rows: the raw operators and their derivatives.
 
-For a row x of C logits with target t and p = softmax(x):
+For a row x of C logits with target t, p = softmax(x), class weights w (1 without them, with the sum
+W) and label smoothing s, let
 
-    loss           = logsumexp(x) - x_t
-    gradient       = g (p - onehot(t))              g is the upstream gradient of the row's loss
-    jvp along v    = <p, v> - v_t
-    second order   = g (p * v - p <p, v>)           the Hessian times v, times g
+    c = (1 - s) w_t onehot(t) + s / C w       what the row asks of each class
+    A = (1 - s) w_t + s / C W                 its sum
+
+so that
+
+    loss           = A logsumexp(x) - <c, x>
+    gradient       = g (A p - c)              g is the upstream gradient of the row's loss
+    jvp along v    = A <p, v> - <c, v>
+    second order   = g A (p * v - p <p, v>)   the Hessian times v, times g
 
 The first two run in a kernel. The last two are torch operations on the logits, so that they can be
 differentiated again, to any order. A row whose target is `ignore_index` has loss 0 and gradient 0,
@@ -57,120 +63,160 @@ def class_rows(logits: Tensor) -> Tensor | None:
 # ---- the closed forms in torch operations ----
 
 
-def _probabilities(logits: Tensor, kept: Tensor) -> Tensor:
-    """softmax(logits) (N, C) in the accumulator type; uniform in the ignored rows."""
-    x = logits.to(accumulator_dtype(logits.dtype))
-    return torch.softmax(x.masked_fill(~kept.unsqueeze(1), 0), dim=1)
+class _Rows:
+    """A and c of the rows of a call, and their softmax p, in the accumulator type."""
 
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+    ):
+        self.dtype = logits.dtype
+        x = logits.to(accumulator_dtype(logits.dtype))
+        self.ignored = target == ignore_index
+        self.target = target.masked_fill(self.ignored, 0)
+        self.p = torch.softmax(x.masked_fill(self.ignored.unsqueeze(1), 0), dim=1)
+        classes = logits.shape[1]
+        self.weight = weight
+        self.spread = label_smoothing / max(classes, 1)
+        self.at_target: Tensor | float = 1 - label_smoothing  # (1 - s) w_t
+        self.total: Tensor | float = self.at_target + self.spread * classes  # A
+        if weight is not None:
+            self.at_target = self.at_target * weight.index_select(0, self.target)
+            self.total = self.at_target + self.spread * weight.sum()
 
-def _directional(p: Tensor, v: Tensor, target: Tensor, kept: Tensor) -> Tensor:
-    """<p, v> - v_t for each row (N,), zero for the ignored rows."""
-    v_t = v.gather(1, target.masked_fill(~kept, 0).unsqueeze(1)).squeeze(1)
-    return ((p * v).sum(1) - v_t).masked_fill(~kept, 0)
+    def _column(self, x: Tensor | float) -> Tensor | float:
+        return x.unsqueeze(1) if isinstance(x, Tensor) else x
 
+    def _spread_weight(self) -> Tensor | float:
+        return self.spread if self.weight is None else self.spread * self.weight
 
-def _gradient(p: Tensor, g: Tensor, target: Tensor, kept: Tensor) -> Tensor:
-    """g (p - onehot(t)) for each row (N, C), zero for the ignored rows."""
-    classes = torch.arange(p.shape[1], device=p.device)
-    onehot = (classes == target.unsqueeze(1)).to(p.dtype)
-    return (g.unsqueeze(1) * (p - onehot)).masked_fill(~kept.unsqueeze(1), 0)
+    def directional(self, v: Tensor) -> Tensor:
+        """A <p, v> - <c, v> for each row (N,), zero for the ignored rows."""
+        v = v.to(self.p.dtype)
+        v_t = v.gather(1, self.target.unsqueeze(1)).squeeze(1)
+        along = self.total * (self.p * v).sum(1) - self.at_target * v_t
+        if self.spread:
+            along = along - (self._spread_weight() * v).sum(1)
+        return along.masked_fill(self.ignored, 0)
 
+    def gradient(self, g: Tensor) -> Tensor:
+        """g (A p - c) for each row (N, C), zero for the ignored rows."""
+        classes = torch.arange(self.p.shape[1], device=self.p.device)
+        onehot = (classes == self.target.unsqueeze(1)).to(self.p.dtype)
+        c = self._column(self.at_target) * onehot + self._spread_weight()
+        gradient = g.unsqueeze(1) * (self._column(self.total) * self.p - c)
+        return gradient.masked_fill(self.ignored.unsqueeze(1), 0)
 
-def _hessian_product(p: Tensor, g: Tensor, v: Tensor, kept: Tensor) -> Tensor:
-    """g (p * v - p <p, v>) for each row (N, C), zero for the ignored rows."""
-    product = p * (v - (p * v).sum(1, keepdim=True))
-    return (g.unsqueeze(1) * product).masked_fill(~kept.unsqueeze(1), 0)
+    def hessian_product(self, g: Tensor, v: Tensor) -> Tensor:
+        """g A (p * v - p <p, v>) for each row (N, C), zero for the ignored rows."""
+        v = v.to(self.p.dtype)
+        product = self.p * (v - (self.p * v).sum(1, keepdim=True))
+        product = (g * self.total).unsqueeze(1) * product
+        return product.masked_fill(self.ignored.unsqueeze(1), 0)
 
-
-def _jvp(v: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    kept = target != ignore_index
-    p = _probabilities(logits, kept)
-    return _directional(p, v.to(p.dtype), target, kept)
-
-
-def _second_order(
-    v: Tensor, grad_loss: Tensor, logits: Tensor, target: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """The adjoint of the gradient along v (N, C), with respect to grad_loss and to logits."""
-    kept = target != ignore_index
-    p = _probabilities(logits, kept)
-    v = v.to(p.dtype)
-    along = _directional(p, v, target, kept)
-    return along, _hessian_product(p, grad_loss, v, kept).to(logits.dtype)
+    def second_order(self, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The adjoint of the gradient along v (N, C), with respect to g and to the logits."""
+        return self.directional(v), self.hessian_product(g, v).to(self.dtype)
 
 
 # ---- the raw operators ----
 
 
-def _forward_fake(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
+def new_losses(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward's results, not yet written: loss, row_max and rest."""
     dtype = accumulator_dtype(logits.dtype)
-    return tuple(logits.new_empty(logits.shape[:1], dtype=dtype) for _ in range(3))
+    loss, row_max, rest = (logits.new_empty(logits.shape[:1], dtype=dtype) for _ in range(3))
+    return loss, row_max, rest
 
 
-def _backward_fake(
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    row_max: Tensor,
-    rest: Tensor,
-    ignore_index: int,
-) -> Tensor:
+def new_gradient(grad_loss: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    """The backward's result, not yet written."""
     return logits.new_empty(logits.shape)
 
 
 def define(namespace: str) -> Launcher:
-    """Define a backend's raw operators in `namespace`; its kernels are registered elsewhere."""
+    """Define a backend's raw operators in `namespace`; its kernels are registered elsewhere.
+
+    logits (N, C), target (N,) int64; weight (C,) and the statistics (N,) in the accumulator type.
+    """
     forward, backward = (
         f"{namespace}::cross_entropy_forward",
         f"{namespace}::cross_entropy_backward",
     )
     torch.library.define(
         forward,
-        "(Tensor logits, Tensor target, int ignore_index) -> "
-        "(Tensor loss, Tensor row_max, Tensor rest)",
+        "(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing)"
+        " -> (Tensor loss, Tensor row_max, Tensor rest)",
     )
     torch.library.define(
         backward,
-        "(Tensor grad_loss, Tensor logits, Tensor target, Tensor row_max, Tensor rest,"
-        " int ignore_index) -> Tensor",
+        "(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor row_max,"
+        " Tensor rest, int ignore_index, float label_smoothing) -> Tensor",
     )
     operators = getattr(torch.ops, namespace)
     launcher = Launcher(
         operators.cross_entropy_forward.default, operators.cross_entropy_backward.default
     )
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
+    torch.library.register_fake(forward, new_losses)
+    torch.library.register_fake(backward, new_gradient)
 
-    def forward_vmap(info, in_dims, logits, target, ignore_index):  # type: ignore[no-untyped-def]
-        folded = fold(info, in_dims[:2], (logits, target))
-        outputs = launcher.forward(*folded, ignore_index)
+    def per_weight(info, in_dims, operator, inputs):  # type: ignore[no-untyped-def]
+        """Weights of each problem's own: one problem after another."""
+        outputs = [
+            operator(
+                *(
+                    x if dim is None else x.select(dim, i)
+                    for x, dim in zip(inputs, in_dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+
+    def forward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
+        if in_dims[2] is not None:
+            return per_weight(info, in_dims, launcher.forward, inputs)
+        folded = fold(info, in_dims[:2], inputs[:2])
+        outputs = launcher.forward(*folded, *inputs[2:])
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0, 0)
 
     def backward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
-        folded = fold(info, in_dims[:5], inputs[:5])
-        return launcher.backward(*folded, inputs[5]).unflatten(0, (info.batch_size, -1)), 0
+        if in_dims[3] is not None:
+            return per_weight(info, in_dims, launcher.backward, inputs)
+        tensors = (*inputs[:3], *inputs[4:6])
+        *rows, row_max, rest = fold(info, (*in_dims[:3], *in_dims[4:6]), tensors)
+        gradient = launcher.backward(*rows, inputs[3], row_max, rest, *inputs[6:])
+        return gradient.unflatten(0, (info.batch_size, -1)), 0
 
     torch.library.register_vmap(forward, forward_vmap)
     torch.library.register_vmap(backward, backward_vmap)
 
     # For whoever calls the operators themselves, and for graphs that hold them.
     def forward_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        logits, target, ctx.ignore_index = inputs
-        _, row_max, rest = output
-        ctx.mark_non_differentiable(row_max, rest)
-        ctx.save_for_backward(logits, target, row_max, rest)
+        ctx.options = inputs[3:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:3], *output[1:])
 
     def forward_backward(ctx, grad_loss, _grad_row_max, _grad_rest):  # type: ignore[no-untyped-def]
-        return launcher.backward(grad_loss, *ctx.saved_tensors, ctx.ignore_index), None, None
+        _refuse_weight_gradient(ctx.needs_input_grad[2])
+        gradient = launcher.backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+        return gradient, None, None, None, None
 
     def backward_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        grad_loss, logits, target, _row_max, _rest, ctx.ignore_index = inputs
-        ctx.save_for_backward(grad_loss, logits, target)
+        ctx.options = inputs[6:]
+        ctx.save_for_backward(*inputs[:4])
 
     def backward_backward(ctx, v):  # type: ignore[no-untyped-def]
-        grad_loss, logits, target = ctx.saved_tensors
-        along, product = _second_order(v, grad_loss, logits, target, ctx.ignore_index)
-        return along, product, None, None, None, None
+        _refuse_weight_gradient(ctx.needs_input_grad[3])
+        grad_loss, *tensors = ctx.saved_tensors
+        adjoints = _Rows(*tensors, *ctx.options).second_order(v, grad_loss)
+        return *adjoints, *(None,) * 6
 
     torch.library.register_autograd(forward, forward_backward, setup_context=forward_setup)
     torch.library.register_autograd(backward, backward_backward, setup_context=backward_setup)
@@ -178,6 +224,14 @@ def define(namespace: str) -> Launcher:
 
 
 LAUNCHERS = {"native": define("fastgpt")}
+
+
+def _refuse_weight_gradient(wanted: bool) -> None:
+    # The public function refuses such a call itself; torch.func hides some from it.
+    if wanted:
+        raise RuntimeError(
+            "cross_entropy is not differentiable with respect to weight for class-index targets"
+        )
 
 
 # ---- the Functions ----
@@ -204,76 +258,95 @@ class CrossEntropyBackward(Function):
         grad_loss: Tensor,
         logits: Tensor,
         target: Tensor,
+        weight: Tensor | None,
         row_max: Tensor,
         rest: Tensor,
         ignore_index: int,
+        label_smoothing: float,
         backend: str,
     ) -> Tensor:
-        return LAUNCHERS[backend].backward(grad_loss, logits, target, row_max, rest, ignore_index)
+        return LAUNCHERS[backend].backward(
+            grad_loss, logits, target, weight, row_max, rest, ignore_index, label_smoothing
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad_loss, logits, target, _row_max, _rest, ctx.ignore_index, _backend = inputs
-        ctx.save_for_backward(grad_loss, logits, target)
-        ctx.save_for_forward(grad_loss, logits, target)
+        ctx.options = inputs[6:8]
+        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_forward(*inputs[:4])
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        grad_loss, logits, target = ctx.saved_tensors
-        along, product = _second_order(v, grad_loss, logits, target, ctx.ignore_index)
-        return along, product, None, None, None, None, None
+        _refuse_weight_gradient(ctx.needs_input_grad[3])
+        grad_loss, *tensors = ctx.saved_tensors
+        adjoints = _Rows(*tensors, *ctx.options).second_order(v, grad_loss)
+        return *adjoints, *(None,) * 7
 
     @staticmethod
     def jvp(
-        ctx: Any, grad_tangent: Tensor | None, logits_tangent: Tensor | None, *_: Any
+        ctx: Any,
+        grad_tangent: Tensor | None,
+        logits_tangent: Tensor | None,
+        target_tangent: None,
+        weight_tangent: Tensor | None,
+        *_: Any,
     ) -> Tensor:
-        grad_loss, logits, target = ctx.saved_tensors
-        kept = target != ctx.ignore_index
-        p = _probabilities(logits, kept)
-        tangent = torch.zeros_like(p)
+        _refuse_weight_gradient(weight_tangent is not None)
+        grad_loss, *tensors = ctx.saved_tensors
+        rows = _Rows(*tensors, *ctx.options)
+        tangent = torch.zeros_like(rows.p)
         if grad_tangent is not None:
-            tangent = tangent + _gradient(p, grad_tangent, target, kept)
+            tangent = tangent + rows.gradient(grad_tangent)
         if logits_tangent is not None:
-            tangent = tangent + _hessian_product(p, grad_loss, logits_tangent.to(p.dtype), kept)
-        return tangent.to(logits.dtype)
+            tangent = tangent + rows.hessian_product(grad_loss, logits_tangent)
+        return tangent.to(rows.dtype)
 
 
 class CrossEntropy(Function):
     """Rows of logits to rows of loss, by a backend's kernels.
 
-    apply(logits (N, C), target (N,) int64, ignore_index, backend) -> (loss, row_max, rest), each
-    (N,) in the accumulator type. `row_max` is max_j x_j and `rest` the sum over j != t of exp(x_j
-    - row_max); they have no gradient. Raises IndexError for a target outside 0 <= t < C that is
-    not `ignore_index`.
+    apply(logits (N, C), target (N,) int64, weight (C,) in the accumulator type or None,
+    ignore_index, label_smoothing, backend) -> (loss, row_max, rest), each (N,) in the accumulator
+    type. `row_max` is max_j x_j and `rest` the sum over j != t of exp(x_j - row_max); they have no
+    gradient. Raises IndexError for a target outside 0 <= t < C that is not `ignore_index`; on a
+    GPU that is an assertion of the device's, as with torch.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        logits: Tensor, target: Tensor, ignore_index: int, backend: str
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _launch(LAUNCHERS[backend].forward, logits, target, ignore_index)
+        return _launch(
+            LAUNCHERS[backend].forward, logits, target, weight, ignore_index, label_smoothing
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, ctx.ignore_index, ctx.backend = inputs
-        _, row_max, rest = output
+        ctx.options = inputs[3:]
         # The same tensors for both: torch's vmap rule keeps the batch dimensions of one list only.
-        ctx.save_for_backward(logits, target, row_max, rest)
-        ctx.save_for_forward(logits, target, row_max, rest)
+        ctx.save_for_backward(*inputs[:3], *output[1:])
+        ctx.save_for_forward(*inputs[:3], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-        grad_logits = CrossEntropyBackward.apply(
-            grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.backend
-        )
-        return grad_logits, None, None, None
+        _refuse_weight_gradient(ctx.needs_input_grad[2])
+        gradient = CrossEntropyBackward.apply(grad_loss, *ctx.saved_tensors, *ctx.options)
+        return gradient, *(None,) * 5
 
     @staticmethod
-    def jvp(ctx: Any, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        logits, target, _row_max, _rest = ctx.saved_tensors
-        tangent = _jvp(v, logits, target, ctx.ignore_index)
+    def jvp(
+        ctx: Any, v: Tensor, target_tangent: None, weight_tangent: Tensor | None, *_: Any
+    ) -> tuple[Tensor, ...]:
+        _refuse_weight_gradient(weight_tangent is not None)
+        rows = _Rows(*ctx.saved_tensors[:3], *ctx.options[:2])
+        tangent = rows.directional(v)
         # torch's vmap rule stumbles over None when a jvp surrounds the vmap, and torch insists on
         # None for an output that is marked as non-differentiable; hence neither.
         zero = torch.zeros_like(tangent)

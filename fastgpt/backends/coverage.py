@@ -1,0 +1,63 @@
+"""What no fused backend covers, and the reasons that `explain` gives."""
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastgpt.dispatch import nested_forward_levels
+from fastgpt.ops.attention import AttentionCall
+from fastgpt.ops.cross_entropy import CrossEntropyCall, class_rows
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def cross_entropy(call: CrossEntropyCall) -> str:
+    """Why no kernel can do this call; empty where one can."""
+    if call.target.is_floating_point():
+        return "probability targets"
+    reason = _tensor("logits", call.logits)
+    if reason:
+        return reason
+    if call.logits.shape[1] == 0:
+        return "no classes"
+    if class_rows(call.logits) is None:
+        return "strides: the classes of a row do not lie together, or the rows at no one distance"
+    return _transforms()
+
+
+def attention(call: AttentionCall, max_head_dim: int) -> str:
+    """Why no kernel can do this call; empty where one for heads up to `max_head_dim` can."""
+    if call.dropout_p > 0:
+        return "dropout"
+    for name, x in (("query", call.query), ("key", call.key), ("value", call.value)):
+        reason = _tensor(name, x)
+        if reason:
+            return reason
+        if x.numel() == 0:
+            return f"an empty {name}"
+        if x.shape[-1] > max_head_dim:
+            return f"a head_dim of {x.shape[-1]} in {name}, above {max_head_dim}"
+    if call.enable_gqa and call.key.shape[-3] != call.value.shape[-3]:
+        return "key and value heads that differ"
+    mask = call.attn_mask
+    if mask is not None:
+        if mask.requires_grad and torch.is_grad_enabled():
+            return "a gradient of attn_mask"
+        if is_traceable_wrapper_subclass(mask):
+            return f"a tensor subclass, {type(mask).__name__}"
+    return _transforms()
+
+
+def _tensor(name: str, x: torch.Tensor) -> str:
+    if x.dtype not in DTYPES:
+        return f"{name} of type {x.dtype}"
+    if is_traceable_wrapper_subclass(x):
+        return f"a tensor subclass, {type(x).__name__}"
+    if x.layout != torch.strided:
+        return f"{name} of layout {x.layout}"
+    return ""
+
+
+def _transforms() -> str:
+    if nested_forward_levels() > 1:
+        return "nested forward-mode levels, in which torch loses a custom function's second tangent"
+    return ""

@@ -1,0 +1,103 @@
+"""The Triton kernels: whether they can run here, and their cells of the table.
+
+Neither Triton nor a kernel is imported before the first call that needs one.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from fastgpt import dispatch
+from fastgpt.backends import coverage
+from fastgpt.dispatch import Cell, register
+from fastgpt.ops import attention, cross_entropy
+from fastgpt.ops.attention import AttentionCall
+from fastgpt.ops.cross_entropy import CrossEntropyCall
+
+OLDEST = (3, 6)
+MAX_HEAD_DIM = 256
+
+
+def version() -> str | None:
+    """The version of the installed Triton; None without one."""
+    for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _missing() -> str:
+    """Why Triton can run nowhere; empty where it can."""
+    found = version()
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: run `pip install triton`"
+    if found is not None and tuple(map(int, found.split(".")[:2])) < OLDEST:
+        return f"Triton {found} is older than 3.6: run `pip install -U triton`"
+    return ""
+
+
+def _interpreted() -> bool:
+    """Whether TRITON_INTERPRET asks for Triton's interpreter, which Triton reads when imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+
+
+def _cpu_reason() -> str:
+    if missing := _missing():
+        return missing
+    if not _interpreted():
+        return "Triton runs on a CPU only in its interpreter, for tests: set TRITON_INTERPRET=1"
+    if importlib.util.find_spec("numpy") is None:
+        return "Triton's interpreter needs NumPy: run `pip install numpy`"
+    return ""
+
+
+def _cuda_reason() -> str:
+    if missing := _missing():
+        return missing
+    if _interpreted():
+        return "TRITON_INTERPRET is set, and the interpreter is slower than eager: unset it"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a build without CUDA and ROCm"
+    return ""
+
+
+def _covers_device(device: str) -> str:
+    # Slower than eager by orders of magnitude, so never by default.
+    if device == "cpu" and dispatch.asked_for() != "triton":
+        return "its interpreter runs only when asked for, by fastgpt.backend('triton')"
+    return ""
+
+
+def _covers_cross_entropy(call: CrossEntropyCall) -> str:
+    return _covers_device(call.logits.device.type) or coverage.cross_entropy(call)
+
+
+def _covers_attention(call: AttentionCall) -> str:
+    return _covers_device(call.query.device.type) or coverage.attention(call, MAX_HEAD_DIM)
+
+
+for _device, _reason in (("cpu", _cpu_reason()), ("cuda", _cuda_reason())):
+    register(Cell("cross_entropy", "triton", _device, _reason, _covers_cross_entropy))
+    register(Cell("scaled_dot_product_attention", "triton", _device, _reason, _covers_attention))
+
+
+def _kernel(op: str, which: str) -> Any:
+    """A raw operator's kernel, which is imported when it is first called."""
+
+    def launch(*arguments: Any) -> Any:
+        module = importlib.import_module(f"fastgpt.backends.triton.{op}")
+        return getattr(module, which)(*arguments)
+
+    return launch
+
+
+for _op, _module in (("cross_entropy", cross_entropy), ("attention", attention)):
+    _module.LAUNCHERS["triton"] = _module.define("fastgpt_triton")
+    for _which in ("forward", "backward"):
+        torch.library.impl(f"fastgpt_triton::{_op}_{_which}", ("CPU", "CUDA"), _kernel(_op, _which))
