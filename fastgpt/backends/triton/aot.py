@@ -76,12 +76,12 @@ def compile(compilation: Compilation, chip: Chip) -> Resources:
         backend = make_backend(target(chip))
         options = backend.parse_options(dict(compilation.options))
         used = parse_ptxas(_ptxas(backend, assembly, options, chip))
-    shared = metadata.shared
+    shared, tensor_memory = metadata.shared, getattr(metadata, "tmem_size", None) or 0
     return used._replace(
         shared_memory=shared,
-        tensor_memory=getattr(metadata, "tmem_size", None) or 0,
+        tensor_memory=tensor_memory,
         threads=threads,
-        blocks=occupancy(chip, used.registers, shared, threads),
+        blocks=occupancy(chip, used.registers, shared, threads, tensor_memory),
         instructions={
             what: len(re.findall(pattern, assembly, re.MULTILINE))
             for what, pattern in compilation.instructions.items()
@@ -146,13 +146,17 @@ def parse_amdgcn(assembly: str) -> Resources:
     )
 
 
-def occupancy(chip: Chip, registers: int, shared_memory: int, threads: int) -> int:
+def occupancy(
+    chip: Chip, registers: int, shared_memory: int, threads: int, tensor_memory: int = 0
+) -> int:
     """How many blocks a multiprocessor holds at once.
 
     Its four partitions each hold whole warps and a quarter of the registers, of which a warp takes
     multiples of 256 (NVIDIA) or 8 for each lane (AMD). NVIDIA reserves 1 KiB of shared memory for
     each block. Source: CUDA's occupancy calculator; LLVM's AMDGPU usage guide.
     """
+    if threads > 1024:
+        return 0
     granule, reserved = (8 * chip.warp_size, 0) if chip.backend == "hip" else (256, 1024)
     warps = threads // chip.warp_size
     of_a_warp = -(-max(registers, 1) * chip.warp_size // granule) * granule
@@ -162,6 +166,7 @@ def occupancy(chip: Chip, registers: int, shared_memory: int, threads: int) -> i
         chip.threads // threads,
         resident // warps,
         (chip.shared_memory + reserved) // max(shared_memory + reserved, 1),
+        TENSOR_MEMORY // max(tensor_memory, 1),
     )
 
 
