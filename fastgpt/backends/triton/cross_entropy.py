@@ -31,7 +31,7 @@ from torch import Tensor
 from triton import knobs
 
 from fastgpt.backends.triton.aot import Compilation
-from fastgpt.backends.triton.chips import Chip
+from fastgpt.backends.triton.chips import Chip, chip_of
 from fastgpt.ops.cross_entropy import new_gradient, new_losses
 from fastgpt.ops.raw import accumulator_dtype
 
@@ -544,7 +544,7 @@ def _prepare(
         logits = logits.contiguous()
     N, C = logits.shape
     smoothed = label_smoothing != 0
-    chosen = tile(C, logits.element_size(), 64 if torch.version.hip else 32)
+    chosen = tile(C, logits.element_size(), chip_of(logits.device).warp_size)
     arguments = {
         "logits": logits,
         "targets": target,
