@@ -6,7 +6,6 @@ asks for the interpreter; the processes that tests start do not inherit it.
 
 import importlib
 import os
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,4 +77,3 @@ def _quicken() -> None:
         return launch
 
     interpreter._patch_lang = patch
-    interpreter._get_np_dtype = cache(interpreter._get_np_dtype)
