@@ -170,6 +170,12 @@ def native_backend(request) -> Iterator[Backend]:
 
 
 @pytest.fixture
+def triton() -> Iterator[Backend]:
+    """The Triton backend, for what no other one has."""
+    yield from _activate(TRITON)
+
+
+@pytest.fixture
 def best_native() -> Iterator[Backend]:
     """The native backend on its best instruction set."""
     yield from _activate(NATIVE[-1])
