@@ -41,8 +41,8 @@ class Resources(NamedTuple):
 def compile(compilation: Compilation, chip: Chip) -> Resources:
     """Compile a kernel down to the chip's machine code.
 
-    Raises RuntimeError under TRITON_INTERPRET, ValueError for an argument without a type, and
-    Triton's own errors for what does not compile.
+    Raises RuntimeError under TRITON_INTERPRET, ValueError for a signature that is not the
+    kernel's, and Triton's own errors for what does not compile.
     """
     import triton
     from triton.compiler import ASTSource
@@ -54,18 +54,26 @@ def compile(compilation: Compilation, chip: Chip) -> Resources:
             "TRITON_INTERPRET makes Triton's functions uncompilable when they are imported:"
             " unset it and start Python anew"
         )
-    if mistaken := set(kernel.arg_names) ^ set(compilation.signature):
+    stated = {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
+    mistaken = set(kernel.arg_names) ^ set(compilation.signature)
+    mistaken |= {
+        name
+        for name, kind in compilation.signature.items()
+        if kind not in ("constexpr", stated.get(name, kind))
+    }
+    if mistaken:
         raise ValueError(f"{compilation.name}: the signature is mistaken in {sorted(mistaken)}")
 
-    attributes = {name: [["tt.divisibility", 16]] for name in compilation.divisible}
+    aligned = [["tt.divisibility", 16]]
     source = ASTSource(
         kernel,
         compilation.signature,
         compilation.constants,
-        {(kernel.arg_names.index(name),): value for name, value in attributes.items()},
+        {(kernel.arg_names.index(name),): aligned for name in compilation.divisible},
     )
+    options = {"debug": bool(kernel.debug), **compilation.options}  # as a launch sets it
     with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the code that it can't compile
-        compiled = triton.compile(source, target=target(chip), options=dict(compilation.options))
+        compiled = triton.compile(source, target=target(chip), options=dict(options))
     metadata = compiled.metadata
     threads = metadata.num_warps * chip.warp_size
     if chip.backend == "hip":
@@ -74,8 +82,8 @@ def compile(compilation: Compilation, chip: Chip) -> Resources:
     else:
         assembly = compiled.asm["ptx"]
         backend = make_backend(target(chip))
-        options = backend.parse_options(dict(compilation.options))
-        used = parse_ptxas(_ptxas(backend, assembly, options, chip))
+        log = _ptxas(backend, assembly, backend.parse_options(dict(options)), chip)
+        used = parse_ptxas(log)
     shared, tensor_memory = metadata.shared, getattr(metadata, "tmem_size", None) or 0
     return used._replace(
         shared_memory=shared,
