@@ -157,7 +157,7 @@ def best_kernel(request) -> Iterator[Backend]:
     yield from _activate(request.param)
 
 
-@pytest.fixture(params=[EAGER, TRITON], ids=repr)
+@pytest.fixture(params=[EAGER, *NATIVE, TRITON], ids=repr)
 def weighing(request) -> Iterator[Backend]:
     """Every backend whose cross-entropy knows class weights and label smoothing."""
     yield from _activate(request.param)

@@ -55,22 +55,11 @@ def test_probabilities_differ_from_torch(weighted, smoothing, reduction, dtype):
     compare(logits, target, tol=tol, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "target", "rule"),
-    [
-        ({"weight": torch.ones(5)}, torch.tensor([1, 2, 0]), "class weights"),
-        ({"label_smoothing": 0.1}, torch.tensor([1, 2, 0]), "label smoothing"),
-        ({}, torch.full((3, 5), 0.2), "probability targets"),
-    ],
-)
-def test_a_rule_that_sends_a_call_to_eager_is_not_told(best_kernel, options, target, rule):
-    (logits, target), options = best_kernel.placed(((torch.zeros(3, 5), target), options))
-    explanation = fastgpt.explain(fastgpt.cross_entropy, logits, target, **options)
-    if best_kernel.name == "triton" and rule != "probability targets":
-        assert explanation.backend == "triton"
-    else:
-        assert explanation.backend == "eager"
-        assert f"{best_kernel.name}: {rule}" in str(explanation)
+def test_a_rule_that_sends_a_call_to_eager_is_not_told(best_kernel):
+    logits, target = best_kernel.placed((torch.zeros(3, 5), torch.full((3, 5), 0.2)))
+    explanation = fastgpt.explain(fastgpt.cross_entropy, logits, target)
+    assert explanation.backend == "eager"
+    assert f"{best_kernel.name}: probability targets" in str(explanation)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
