@@ -1,7 +1,8 @@
-"""Class weights and label smoothing of cross-entropy, over the backends that know them: values,
-gradients, extremes, and derivatives in every mode.
+"""Class weights and label smoothing of cross-entropy: values, gradients, extremes, layouts, and
+derivatives in every mode.
 """
 
+import functools
 import math
 
 import pytest
@@ -56,7 +57,7 @@ def of_rows(upstream, target, weight, ignore_index, reduction):
 @pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_combination_of_weight_smoothing_and_ignored_rows_is_wrong(
-    weighing, weighted, smoothing, ignore_index, reduction, dtype
+    backend, weighted, smoothing, ignore_index, reduction, dtype
 ):
     """Against the formula in a wider type, and against torch on the float64 of the same input."""
     logits, target = random_logits(23, 17, dtype=dtype, scale=3)
@@ -68,7 +69,7 @@ def test_a_combination_of_weight_smoothing_and_ignored_rows_is_wrong(
     upstream = random_like(torch.empty(23 if reduction == "none" else (), dtype=dtype))
     options = {"reduction": reduction, "label_smoothing": smoothing, **ignored}
     loss, gradient = gradient_of(
-        lambda x: weighing.cross_entropy(x, target, weight, **options), logits, upstream
+        lambda x: backend.cross_entropy(x, target, weight, **options), logits, upstream
     )
     assert loss.dtype == gradient.dtype == dtype
 
@@ -109,7 +110,7 @@ CLASSES = (1, 2, 17, 64, 1023, 1024, 1025, 2049, 4099)
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_weights_or_smoothing_lose_accuracy(weighing, weighted, smoothing, classes, dtype):
+def test_weights_or_smoothing_lose_accuracy(backend, weighted, smoothing, classes, dtype):
     """Torch's own error on the same input, and the roundings that `cross_entropy` alone is allowed,
     which is four of the accumulator's and one of the output's.
     """
@@ -123,7 +124,7 @@ def test_weights_or_smoothing_lose_accuracy(weighing, weighted, smoothing, class
         ours, torchs = (
             errors(*gradient_of(lambda x, t=target, f=f: f(x, t, **options), logits, upstream),
                    target, truth)
-            for f in (weighing.cross_entropy, F.cross_entropy)
+            for f in (backend.cross_entropy, F.cross_entropy)
         )  # fmt: skip
         slack = 4 * half_ulp(torch.promote_types(dtype, torch.float32)) + half_ulp(dtype)
         for kind, error, allowed in zip(ours._fields, ours, torchs, strict=True):
@@ -132,7 +133,7 @@ def test_weights_or_smoothing_lose_accuracy(weighing, weighted, smoothing, class
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("margin", [8, 15, 30])
-def test_confident_weighted_rows_lose_their_loss_or_target_gradient(triton, margin, dtype):
+def test_confident_weighted_rows_lose_their_loss_or_target_gradient(kernel, margin, dtype):
     """As without weights: to a few ulp of itself where p_t -> 1."""
     logits, target = random_logits(9, 17, dtype=torch.float64, seed=margin)
     rows = torch.arange(9)
@@ -140,7 +141,7 @@ def test_confident_weighted_rows_lose_their_loss_or_target_gradient(triton, marg
     logits = logits.to(dtype)
     weight, upstream = random_weight(17, dtype), random_like(logits[:, 0])
     loss, gradient = gradient_of(
-        lambda x: triton.cross_entropy(x, target, weight, reduction="none"), logits, upstream
+        lambda x: kernel.cross_entropy(x, target, weight, reduction="none"), logits, upstream
     )
     truth = exact(logits, target, upstream, weight)
     slack = 1e-6 if dtype != torch.float64 else 1e-14
@@ -168,22 +169,22 @@ def compare_with_torch(backend, logits, target, tol=None, **options):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("smoothing", SMOOTHING)
-def test_weights_of_zero_or_ignored_rows_change_the_weighted_mean(weighing, smoothing, reduction):
+def test_weights_of_zero_or_ignored_rows_change_the_weighted_mean(backend, smoothing, reduction):
     logits, target = random_logits(9, 4, dtype=torch.float64)
     target[0] = -100
     options = {"label_smoothing": smoothing, "reduction": reduction}
     for weight in ([0.0, 1, 2, 0], [0.0, 0, 0, 0], [1e-30, 1, 0, 1e30], [-1.0, 2, 1, 0.5]):
         w = torch.tensor(weight, dtype=torch.float64)
-        compare_with_torch(weighing, logits, target, weight=w, **options)
+        compare_with_torch(backend, logits, target, weight=w, **options)
     ignored = torch.full((9,), -100)
-    compare_with_torch(weighing, logits, ignored, weight=torch.ones(4).double(), **options)
+    compare_with_torch(backend, logits, ignored, weight=torch.ones(4).double(), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize("classes", [35, 1100])
-def test_what_an_ignored_row_holds_reaches_the_result(weighing, classes, poison, reduction, dtype):
+def test_what_an_ignored_row_holds_reaches_the_result(backend, classes, poison, reduction, dtype):
     logits, target = random_logits(6, classes, dtype=dtype)
     target[[1, 4]] = -100
     weight = random_weight(classes, dtype)
@@ -191,7 +192,7 @@ def test_what_an_ignored_row_holds_reaches_the_result(weighing, classes, poison,
 
     def run(x):
         options = {"weight": weight, "label_smoothing": 0.1, "reduction": reduction}
-        return gradient_of(lambda x: weighing.cross_entropy(x, target, **options), x, upstream)
+        return gradient_of(lambda x: backend.cross_entropy(x, target, **options), x, upstream)
 
     clean = run(logits)
     logits[1] = poison
@@ -207,7 +208,7 @@ def test_what_an_ignored_row_holds_reaches_the_result(weighing, classes, poison,
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("classes", [5, 40, 1100])
 def test_infinities_and_nan_end_otherwise_than_in_torch(
-    weighing, classes, weighted, smoothing, dtype
+    backend, classes, weighted, smoothing, dtype
 ):
     """A class of weight zero at -inf too, whose term of the smoothed sum is 0 * inf."""
     last = classes - 1
@@ -226,7 +227,7 @@ def test_infinities_and_nan_end_otherwise_than_in_torch(
     weight[last] = 0.75
     options = {"weight": weight} if weighted else {}
     loss, gradient = compare_with_torch(
-        weighing, logits, target, label_smoothing=smoothing, reduction="none", **options
+        backend, logits, target, label_smoothing=smoothing, reduction="none", **options
     )
     assert loss[9].isfinite()
     assert gradient[9].isfinite().all()
@@ -235,38 +236,38 @@ def test_infinities_and_nan_end_otherwise_than_in_torch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_leading_minus_infinity_gives_nan_in_a_weighted_loss(weighing, dtype):
+def test_leading_minus_infinity_gives_nan_in_a_weighted_loss(backend, dtype):
     """Whole blocks at -inf, without smoothing, for which such a row has a finite loss."""
     logits, target = random_logits(2, 4200, dtype=dtype, scale=3)
     logits[:, :4097] = -INF
     target[:] = torch.tensor([4097, 4199])
     weight = random_weight(4200, dtype)
-    loss, gradient = compare_with_torch(weighing, logits, target, weight=weight, reduction="none")
+    loss, gradient = compare_with_torch(backend, logits, target, weight=weight, reduction="none")
     assert loss.isfinite().all()
     assert not gradient[:, :4097].any()
 
 
 @pytest.mark.parametrize("value", [3, -1, 10**12])
 @pytest.mark.parametrize("options", [{"weight": torch.ones(3)}, {"label_smoothing": 0.1}])
-def test_an_out_of_range_target_is_accepted(weighing, options, value):
-    if weighing.device != "cpu":
+def test_an_out_of_range_target_is_accepted(backend, options, value):
+    if backend.device != "cpu":
         pytest.skip("on a GPU it is an assertion of the device's, which ends the process")
     logits, target = random_logits(4, 3)
     target[2] = value
     with pytest.raises(IndexError, match=f"Target {value} is out of bounds"):
-        weighing.cross_entropy(logits, target, **options)
+        backend.cross_entropy(logits, target, **options)
 
 
-def test_negative_smoothing_differs_from_torch(weighing):
+def test_negative_smoothing_differs_from_torch(backend):
     logits, target = random_logits(4, 3, dtype=torch.float64)
-    compare_with_torch(weighing, logits, target, label_smoothing=-0.5)
+    compare_with_torch(backend, logits, target, label_smoothing=-0.5)
 
 
 # ---- layouts ----
 
 
 @pytest.mark.parametrize("smoothing", SMOOTHING)
-def test_strides_of_a_weight_are_not_followed(weighing, smoothing):
+def test_strides_of_a_weight_are_not_followed(backend, smoothing):
     logits, target = random_logits(5, 33)
     dense = random_weight(33, torch.float32)
     for weight in (
@@ -276,19 +277,19 @@ def test_strides_of_a_weight_are_not_followed(weighing, smoothing):
     ):
         got, want = (
             gradient_of(
-                lambda x, w=w: weighing.cross_entropy(x, target, w, label_smoothing=smoothing),
+                lambda x, w=w: backend.cross_entropy(x, target, w, label_smoothing=smoothing),
                 logits,
                 torch.tensor(1.5),
             )
             for w in (weight, weight.contiguous().clone())
         )
-        assert torch.equal(got[0], want[0])
-        assert torch.equal(got[1], want[1])
+        # The sum of expanded weights may be taken in another order.
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [1, 15, 33, 1024, 1025, 2047])
-def test_the_kernel_reads_beyond_a_row_or_the_weights(triton, classes, dtype):
+def test_the_kernel_reads_beyond_a_row_or_the_weights(kernel, classes, dtype):
     """Logits and weights in the middle of NaN, or of large numbers, which also end in no element
     of the result that is left as it was allocated.
     """
@@ -303,7 +304,7 @@ def test_the_kernel_reads_beyond_a_row_or_the_weights(triton, classes, dtype):
         weights[5 : 5 + classes] = weight
         options = {"weight": weights[5 : 5 + classes], "label_smoothing": 0.1}
         return gradient_of(
-            lambda x: triton.cross_entropy(x, target, reduction="none", **options),
+            lambda x: kernel.cross_entropy(x, target, reduction="none", **options),
             larger[:, 5 : 5 + classes],
             upstream,
         )
@@ -317,24 +318,24 @@ def test_the_kernel_reads_beyond_a_row_or_the_weights(triton, classes, dtype):
         assert torch.equal(got[1], want[1])
 
 
-def test_k_dimensional_logits_lose_their_weights(weighing):
+def test_k_dimensional_logits_lose_their_weights(backend):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64).movedim(-1, 1)
     target = torch.randint(5, (2, 3, 4), generator=generator)
     for reduction in REDUCTIONS:
         compare_with_torch(
-            weighing, logits, target,
+            backend, logits, target,
             weight=random_weight(5), label_smoothing=0.3, reduction=reduction,
         )  # fmt: skip
 
 
-def test_inputs_are_mutated(weighing):
+def test_inputs_are_mutated(backend):
     logits, target = random_logits(9, 70)
     weight, upstream = random_weight(70, torch.float32), random_like(logits[:, 0])
     tensors = (logits.requires_grad_(), target, weight, upstream)
     before = [(t.detach().clone(), t._version) for t in tensors]
     options = {"reduction": "none", "label_smoothing": 0.1}
-    weighing.cross_entropy(logits, target, weight, **options).backward(upstream)
+    backend.cross_entropy(logits, target, weight, **options).backward(upstream)
     for tensor, (value, version) in zip(tensors, before, strict=True):
         assert torch.equal(tensor, value)
         assert tensor._version == version
@@ -366,11 +367,11 @@ def close(got, want, tol=1e-11):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_derivatives_disagree_with_finite_differences(weighing, options, reduction):
+def test_derivatives_disagree_with_finite_differences(one_isa, options, reduction):
     logits, target = small()
 
     def loss(x):
-        return weighing.cross_entropy(x, target, reduction=reduction, **options)
+        return one_isa.cross_entropy(x, target, reduction=reduction, **options)
 
     assert torch.autograd.gradcheck(
         loss,
@@ -389,12 +390,12 @@ def test_derivatives_disagree_with_finite_differences(weighing, options, reducti
     )
 
 
-def test_third_derivatives_disagree_with_finite_differences(weighing, options):
+def test_third_derivatives_disagree_with_finite_differences(one_isa, options):
     logits, target = small()
     v = random_like(logits)
 
     def curvature(x):
-        loss = weighing.cross_entropy(x, target, **options)
+        loss = one_isa.cross_entropy(x, target, **options)
         (first,) = torch.autograd.grad(loss, x, create_graph=True)
         return torch.autograd.grad((first * v).sum(), x, create_graph=True)[0]
 
@@ -419,11 +420,11 @@ def test_third_derivatives_disagree_with_finite_differences(weighing, options):
         "jacrev(hessian)", "grad(jvp)", "vmap(hessian)",
     ],
 )  # fmt: skip
-def test_a_transform_is_zero_or_wrong(weighing, options, transform):
+def test_a_transform_is_zero_or_wrong(one_isa, options, transform):
     logits, target = small()
     got, want = (
         transform(lambda x, f=f: f(x, target, **options).pow(2))(logits)
-        for f in (weighing.on_device(fastgpt.cross_entropy), F.cross_entropy)
+        for f in (one_isa.on_device(fastgpt.cross_entropy), F.cross_entropy)
     )
     close(got, want, 1e-9)
 
@@ -436,8 +437,10 @@ IN_DIMS = [
 
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_vmap_mixes_its_batch(weighing, in_dims, smoothing):
-    """Weights of each problem's own too, and the reverse pass through the vmap."""
+def test_vmap_mixes_its_batch(one_isa, in_dims, smoothing):
+    """Weights of each problem's own too, and the reverse pass through the vmap. Against torch's
+    losses one by one: its own vmap knows no smoothing beside batched targets.
+    """
     n = 3
     logits, target = random_logits(n * 4, 5, dtype=torch.float64)
     tensors = (
@@ -450,39 +453,49 @@ def test_vmap_mixes_its_batch(weighing, in_dims, smoothing):
         for x, dim in zip(tensors, in_dims, strict=True)
     ]
 
-    def of(function, reduction):
-        return lambda x, t, w: function(x, t, w, label_smoothing=smoothing, reduction=reduction)
+    def one_by_one(function):
+        def run(*batches):
+            problems = [
+                [
+                    x if dim is None else x.select(dim, i)
+                    for x, dim in zip(batches, in_dims, strict=True)
+                ]
+                for i in range(n)
+            ]
+            return torch.stack([function(*problem) for problem in problems])
 
-    ours = weighing.on_device(fastgpt.cross_entropy)
+        return run
+
+    ours = one_isa.on_device(fastgpt.cross_entropy)
     for reduction in ("none", "mean"):
-        got, want = (vmap(of(f, reduction), in_dims)(*arguments) for f in (ours, F.cross_entropy))
-        close(got, want)
-        upstream = random_like(want)
+        options = {"label_smoothing": smoothing, "reduction": reduction}
+        batched = vmap(functools.partial(ours, **options), in_dims)
+        reference = one_by_one(functools.partial(F.cross_entropy, **options))
+        upstream = random_like(reference(*arguments))
         got, want = (
-            gradient_of(
-                lambda x, f=f, r=reduction: vmap(of(f, r), in_dims)(x, *arguments[1:]),
-                arguments[0],
-                upstream,
-            )
-            for f in (ours, F.cross_entropy)
+            gradient_of(lambda x, f=f: f(x, *arguments[1:]), arguments[0], upstream)
+            for f in (batched, reference)
         )
         close(got, want)
-    got, want = (vmap(grad(of(f, "mean")), in_dims)(*arguments) for f in (ours, F.cross_entropy))
+    got, want = (
+        over(grad(functools.partial(f, label_smoothing=smoothing)))(*arguments)
+        for over, f in ((lambda g: vmap(g, in_dims), ours), (one_by_one, F.cross_entropy))
+    )
     close(got, want)
 
 
-def test_nested_vmap_with_weights_is_wrong(weighing):
+def test_nested_vmap_with_weights_is_wrong(one_isa):
     logits, target = random_logits(24, 5, dtype=torch.float64)
     weights = torch.stack([random_weight(5, seed=i) for i in range(3)])
     arguments = logits.view(2, 3, 4, 5), target.view(2, 3, 4), weights
     got, want = (
         vmap(vmap(f), (0, 0, None))(*arguments)
-        for f in (weighing.on_device(fastgpt.cross_entropy), F.cross_entropy)
+        for f in (one_isa.on_device(fastgpt.cross_entropy), F.cross_entropy)
     )
     close(got, want)
 
 
-def test_dual_numbers_lose_their_tangent(weighing, options):
+def test_dual_numbers_lose_their_tangent(one_isa, options):
     logits, target = small()
 
     def tangents(function):
@@ -491,10 +504,10 @@ def test_dual_numbers_lose_their_tangent(weighing, options):
             loss = function(dual, target, reduction="none", **options)
             return fwAD.unpack_dual(loss).tangent
 
-    close(tangents(weighing.cross_entropy), tangents(F.cross_entropy))
+    close(tangents(one_isa.cross_entropy), tangents(F.cross_entropy))
 
 
-def test_nan_in_an_ignored_row_reaches_a_second_derivative(weighing, options):
+def test_nan_in_an_ignored_row_reaches_a_second_derivative(one_isa, options):
     logits, target = small()
     poisoned = logits.clone()
     poisoned[1] = NAN
@@ -505,16 +518,16 @@ def test_nan_in_an_ignored_row_reaches_a_second_derivative(weighing, options):
         along = grad(lambda x: (first(x) * v).sum())(x)
         return along, jvp(first, (x,), (v,))[1]
 
-    ours = weighing.on_device(fastgpt.cross_entropy)
+    ours = one_isa.on_device(fastgpt.cross_entropy)
     close(second(poisoned), second(logits))
 
 
-def test_the_gradient_of_a_weight_is_zero(triton):
+def test_the_gradient_of_a_weight_is_zero(best_kernel):
     """torch has none for class indices; a transform may hide from the public check that one is
     wanted, and must then find the kernels' refusal, not zeros.
     """
-    logits, target = triton.placed(small())
-    weight = triton.placed(random_weight(5))
+    logits, target = best_kernel.placed(small())
+    weight = best_kernel.placed(random_weight(5))
 
     def loss(w):
         return fastgpt.cross_entropy(logits, target, w)
@@ -528,10 +541,10 @@ def test_the_gradient_of_a_weight_is_zero(triton):
             attempt()
 
 
-def test_a_change_of_the_weight_between_forward_and_backward_goes_unnoticed(triton):
+def test_a_change_of_the_weight_between_forward_and_backward_goes_unnoticed(best_kernel):
     """Eager gathers its own copy of the targets' weights."""
-    logits, target = triton.placed(small())
-    weight = triton.placed(random_weight(5))
+    logits, target = best_kernel.placed(small())
+    weight = best_kernel.placed(random_weight(5))
     loss = fastgpt.cross_entropy(logits.requires_grad_(), target, weight)
     weight.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -542,10 +555,10 @@ def test_a_change_of_the_weight_between_forward_and_backward_goes_unnoticed(trit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_opcheck_finds_fault_with_a_raw_operator(triton, dtype):
-    forward, backward = LAUNCHERS["triton"]
+def test_opcheck_finds_fault_with_a_raw_operator(best_kernel, dtype):
+    forward, backward = LAUNCHERS[best_kernel.name]
     weight = random_weight(7, torch.promote_types(dtype, torch.float32))
-    logits, target, weight = triton.placed((*random_logits(5, 7, dtype=dtype), weight))
+    logits, target, weight = best_kernel.placed((*random_logits(5, 7, dtype=dtype), weight))
     target[1] = -100
     arguments = (logits.requires_grad_(), target, weight, -100, 0.1)
     loss, row_max, rest = (x.detach() for x in forward(*arguments))
@@ -560,10 +573,10 @@ def test_opcheck_finds_fault_with_a_raw_operator(triton, dtype):
     )
 
 
-def test_a_raw_operators_own_gradient_is_wrong(triton, options):
-    forward, backward = LAUNCHERS["triton"]
-    logits, target = triton.placed(small())
-    weight = triton.placed(options.get("weight"))
+def test_a_raw_operators_own_gradient_is_wrong(best_kernel, options):
+    forward, backward = LAUNCHERS[best_kernel.name]
+    logits, target = best_kernel.placed(small())
+    weight = best_kernel.placed(options.get("weight"))
     smoothing = options.get("label_smoothing", 0.0)
     call = (target, weight, -100, smoothing)
 
@@ -576,26 +589,22 @@ def test_a_raw_operators_own_gradient_is_wrong(triton, options):
 
 
 def test_a_raw_operator_accepts_weights_that_its_kernel_cannot_read(best_kernel):
-    """Native's reads none at all."""
     forward, backward = LAUNCHERS[best_kernel.name]
     logits, target = best_kernel.placed(random_logits(4, 5))
     weight = best_kernel.placed(torch.ones(5))
     statistics = forward(logits, target, None, -100, 0.0)
-    bad = [(weight[:4], 0.0), (weight.double(), 0.0), (weight.bfloat16(), 0.0), (weight[None], 0.0)]
-    if best_kernel.name == "native":
-        bad += [(weight, 0.0), (None, 0.1)]
-    for wrong, smoothing in bad:
-        with pytest.raises(RuntimeError, match="weight|smoothing"):
-            forward(logits, target, wrong, -100, smoothing)
-        with pytest.raises(RuntimeError, match="weight|smoothing"):
-            backward(statistics[0], logits, target, wrong, *statistics[1:], -100, smoothing)
+    for wrong in (weight[:4], weight.double(), weight.bfloat16(), weight[None]):
+        with pytest.raises(RuntimeError, match="weight"):
+            forward(logits, target, wrong, -100, 0.0)
+        with pytest.raises(RuntimeError, match="weight"):
+            backward(statistics[0], logits, target, wrong, *statistics[1:], -100, 0.0)
 
 
 # ---- torch.compile ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_compiled_function_is_wrong(weighing, compiled, options, dtype):
+def test_the_compiled_function_is_wrong(one_isa, compiled, options, dtype):
     logits, target = random_logits(6, 5, dtype=dtype)
     target[2] = -100
     options = {k: v.to(dtype) if k == "weight" else v for k, v in options.items()}
@@ -604,8 +613,8 @@ def test_the_compiled_function_is_wrong(weighing, compiled, options, dtype):
         x = x * 1
         return [fastgpt.cross_entropy(x, t, reduction=r, **kwargs) for r in REDUCTIONS]
 
-    weighing.cross_entropy(logits, target, **options)
-    run, plain = weighing.on_device(compiled(losses)), weighing.on_device(losses)
+    one_isa.cross_entropy(logits, target, **options)
+    run, plain = one_isa.on_device(compiled(losses)), one_isa.on_device(losses)
     for reduction in range(3):
         upstream = random_like(plain(logits, target)[reduction])
         got, want = (
@@ -615,11 +624,11 @@ def test_the_compiled_function_is_wrong(weighing, compiled, options, dtype):
         close(got, want, 1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_a_weight_recompiles_each_time_or_is_a_constant(triton):
+def test_a_weight_recompiles_each_time_or_is_a_constant(best_kernel):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fastgpt.cross_entropy, fullgraph=True, backend=counter)
-    run = triton.on_device(compiled)
+    run = best_kernel.on_device(compiled)
     logits, target = random_logits(6, 5, dtype=torch.float64)
     for seed in range(3):
         weight = random_weight(5, seed=seed)
@@ -633,11 +642,11 @@ def test_a_weight_recompiles_each_time_or_is_a_constant(triton):
     [grad, hessian, lambda f: lambda x: jvp(f, (x,), (torch.ones_like(x),))],
     ids=["grad", "hessian", "jvp"],
 )
-def test_a_compiled_transform_is_zero_or_wrong(triton, compiled, options, transform):
+def test_a_compiled_transform_is_zero_or_wrong(best_kernel, compiled, options, transform):
     logits, target = small()
-    there, options_there = triton.placed((target, options))
+    there, options_there = best_kernel.placed((target, options))
     run = compiled(
         lambda x: transform(lambda x: fastgpt.cross_entropy(x, there, **options_there))(x)
     )
     want = transform(lambda x: F.cross_entropy(x, target, **options))(logits)
-    close(triton.on_device(run)(logits), want, 1e-9)
+    close(best_kernel.on_device(run)(logits), want, 1e-9)
