@@ -1,0 +1,315 @@
+"""Everything that needs a GPU, in stages with a time budget each: `make gpu`, `make gpu-quick`.
+
+It installs in place without a network, runs the device tests, the ordinary tests of the kernels on
+the device and NVIDIA's memory checker, and measures. A stage that overruns its budget is cut and
+reported, and the later ones still run; what a stage leaves of its budget, the next ones may use.
+The logs are in build/gpu/, the measurements in benchmarks/results/. It ends with a summary, and
+with an error if a stage failed, was cut or could not run.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LOGS = ROOT / "build" / "gpu"
+GRACE = 8.0  # seconds that a stage has to end itself when it is cut
+
+# What would make the stages test or measure something else than an ordinary user's run.
+UNSET = ("TRITON_INTERPRET", "FASTGPT_BACKEND", "FASTGPT_AUTOTUNE", "FASTGPT_TEST_DEVICE")
+# The tests run under torch's deterministic mode, in which cuBLAS wants this.
+SET = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+
+OPTIONAL = {
+    "pytest": "no test can run without it",
+    "numpy": "tests that compare with NumPy fail without it",
+    "hypothesis": "test files that import it are left out",
+    "matplotlib": "the charts are left out",
+    "liger_kernel": "its rows are left out of the comparison",
+    "quack": "its rows are left out of the comparison",
+    "cut_cross_entropy": "its rows are left out of the comparison",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    budget: float  # seconds
+    commands: tuple[tuple[str, ...], ...] = ()  # run side by side
+    environment: Mapping[str, str] = field(default_factory=dict)
+    left_out: str = ""  # why the stage is not run, which is no failure
+    unable: str = ""  # why it can't be run, which is one
+    notes: tuple[str, ...] = ()  # what of it is left out
+    print_log: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    stage: Stage
+    state: str  # "passed", "failed", "cut", "left out" or "unable"
+    seconds: float
+    details: tuple[str, ...] = ()
+
+    @property
+    def good(self) -> bool:
+        return self.state in ("passed", "left out")
+
+
+# ---- running ----
+
+
+def run(stages: Sequence[Stage], logs: Path = LOGS) -> list[Outcome]:
+    """Run the stages one after another."""
+    logs.mkdir(parents=True, exist_ok=True)
+    outcomes, saved = [], 0.0
+    for stage in stages:
+        limit = stage.budget + saved
+        if stage.left_out or stage.unable:
+            outcome = Outcome(
+                stage,
+                "unable" if stage.unable else "left out",
+                0.0,
+                (stage.unable or stage.left_out,),
+            )
+        else:
+            print(f"-- {stage.name} (at most {limit:.0f} s)", flush=True)
+            outcome = _run(stage, limit, logs)
+        saved = max(0.0, limit - outcome.seconds)
+        print(_line(outcome), flush=True)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _run(stage: Stage, limit: float, logs: Path) -> Outcome:
+    start = time.monotonic()
+    environment = {k: v for k, v in os.environ.items() if k not in UNSET}
+    environment |= {**SET, **stage.environment}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(ROOT), environment.get("PYTHONPATH")))
+    )
+    slug = re.sub(r"\W+", "-", stage.name)
+    files = [
+        logs / (f"{slug}.log" if len(stage.commands) == 1 else f"{slug}-{number}.log")
+        for number in range(1, len(stage.commands) + 1)
+    ]
+    processes = []
+    for command, file in zip(stage.commands, files, strict=True):
+        with file.open("w") as log:
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # so that what it started ends with it
+                )
+            )
+    cut = False
+    try:
+        for process in processes:
+            process.wait(max(0.0, limit - (time.monotonic() - start)))
+    except subprocess.TimeoutExpired:
+        cut = True
+    finally:
+        _end(processes)
+    state = "cut" if cut else "failed" if any(p.returncode for p in processes) else "passed"
+    details = list(stage.notes)
+    for process, file in zip(processes, files, strict=True):
+        details += _details(process.returncode, file)
+    if stage.print_log:
+        print("\n".join(file.read_text(errors="replace") for file in files), flush=True)
+    return Outcome(stage, state, time.monotonic() - start, tuple(details))
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """Interrupt what still runs, so that it can report what it has; then end it."""
+    for signal_number in (signal.SIGINT, signal.SIGKILL):
+        running = [process for process in processes if process.poll() is None]
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal_number)
+        end = time.monotonic() + GRACE
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+
+
+def _details(status: int, log: Path) -> list[str]:
+    """pytest's own summary, and what else a reader of the end must see; on a failure where to look
+    and the last lines.
+    """
+    lines = log.read_text(errors="replace").splitlines()
+    found = [line.strip("= ") for line in lines if re.fullmatch(r"=+ .* in [\d.]+s.*=+", line)]
+    telling = r"(SKIPPED|FAILED|ERROR) |.*(: left out: |no report: |no chart: )|.*device tests were"
+    found += [line for line in lines if re.match(telling, line)]
+    found += [line for line in lines if re.fullmatch(r"/.*\.(json|png)", line)]
+    if status == 0:
+        return found
+    if status == 5 and any("no tests ran" in line or "deselected" in line for line in found):
+        found.append("no test was selected")
+    where = log.relative_to(ROOT) if log.is_relative_to(ROOT) else log
+    if len(found) > 12:
+        found = [*found[:12], f"... and {len(found) - 12} more lines"]
+    ended = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+    return [*found, f"{where}: {ended}", *(f"  {line}" for line in lines[-6:])]
+
+
+def _line(outcome: Outcome) -> str:
+    return "\n".join(
+        [
+            f"{outcome.state.upper():8} {outcome.seconds:6.1f} s  {outcome.stage.name}",
+            *(f"{'':20}{detail}" for detail in outcome.details),
+        ]
+    )
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    total = sum(outcome.seconds for outcome in outcomes)
+    bad = [outcome.stage.name for outcome in outcomes if not outcome.good]
+    verdict = f"not good: {', '.join(bad)}" if bad else "all stages that ran passed"
+    return "\n".join(["", "== summary", *map(_line, outcomes), f"{total:.0f} s; {verdict}"])
+
+
+# ---- the stages ----
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _pytest(*arguments: str) -> tuple[str, ...]:
+    # Side by side, so without the cache that they would share.
+    return (sys.executable, "-m", "pytest", "-q", "-rsfE", "-p", "no:cacheprovider", *arguments)
+
+
+def _imports(path: Path, module: str) -> bool:
+    return bool(re.search(rf"^(import|from) {module}\b", path.read_text(), re.MULTILINE))
+
+
+def _ordinary_tests(quick: bool, budget: float) -> Stage:
+    """The kernels' own tests, whose Triton cases run on the GPU where there is one."""
+    names = ["cross_entropy", "attention"]
+    if not quick:
+        names += ["cross_entropy_autograd", "attention_autograd"]
+    files = [ROOT / "tests" / f"test_{name}.py" for name in names]
+    notes = []
+    if not _has("hypothesis"):
+        left_out = [file for file in files if _imports(file, "hypothesis")]
+        files = [file for file in files if file not in left_out]
+        notes = [f"{file.name} left out: hypothesis is not installed" for file in left_out]
+    chosen = "triton and error" if quick else "triton"
+    options = ["-k", chosen, "-m", "not slow"]
+    return Stage(
+        "ordinary tests on the GPU",
+        budget,
+        tuple(_pytest(str(file.relative_to(ROOT)), *options) for file in files),
+        notes=tuple(notes),
+        unable="" if files else "; ".join(notes),
+    )
+
+
+def _device_tests(quick: bool, budget: float) -> Stage:
+    files = sorted((ROOT / "tests" / "device").glob("test_*.py"))
+    options = ["-m", "not slow"] if quick else []
+    commands = (_pytest(str(file.relative_to(ROOT)), *options) for file in files)
+    notes = ("those marked slow are left out of the quick run",) if quick else ()
+    return Stage("device tests", budget, tuple(commands), notes=notes)
+
+
+def _sanitizer(quick: bool, budget: float) -> Stage:
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+    script = ROOT / "tests" / "device" / "memcheck.py"
+    command = (
+        *(tool or "", "--tool", "memcheck", "--error-exitcode", "1"),
+        *("--target-processes", "application-only", sys.executable, str(script)),
+    )
+    left_out = ""
+    if quick:
+        left_out = "not in the quick run"
+    elif tool is None:
+        left_out = "compute-sanitizer is not on PATH"
+    # Each tensor from the driver: in the allocator's large blocks, one may reach into the next.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Stage("memory checker", budget, (command,), environment, left_out=left_out)
+
+
+def _benchmark(op: str, quick: bool, budget: float) -> Stage:
+    report = (sys.executable, "-m", "benchmarks.report", "--device", "cuda", "--op", op)
+    # The start and the last file take a few seconds of the budget.
+    options = ["--seconds", f"{budget - 12:.0f}", "--budget", "1.5" if quick else "4"]
+    if not quick:
+        options.append("--long")
+    name = f"benchmark of {op.replace('_', '-')}"
+    return Stage(name, budget, ((*report, *options),), print_log=True)
+
+
+def stages(quick: bool) -> list[Stage]:
+    """Their budgets add up to less than 10 minutes, and to less than 3 for the quick run."""
+
+    def budget(full: float, short: float) -> float:
+        return short if quick else full
+
+    pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps")
+    found = [
+        Stage(
+            "install in place",
+            budget(80, 45),
+            ((*pip, "--no-build-isolation", "--disable-pip-version-check", "-e", "."),),
+        ),
+        Stage("fastgpt.info", 15, ((sys.executable, "-m", "fastgpt.info"),), print_log=True),
+        _device_tests(quick, budget(150, 45)),
+        _ordinary_tests(quick, budget(70, 15)),
+        _sanitizer(quick, budget(35, 0)),
+        _benchmark("cross_entropy", quick, budget(90, 26)),
+        _benchmark("attention", quick, budget(120, 26)),
+    ]
+    if _has("pytest"):
+        return found
+    return [
+        Stage(s.name, s.budget, unable="pytest is not installed") if "tests" in s.name else s
+        for s in found
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="in under 3 minutes, not 10")
+    quick = parser.parse_args(arguments).quick
+    start = time.monotonic()
+    check = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check"], cwd=ROOT, stdout=None, stderr=None
+    )
+    if check.returncode != 0:
+        return check.returncode
+    for module, without in OPTIONAL.items():
+        if not _has(module):
+            print(f"{module} is not installed: {without}")
+    outcomes = run(stages(quick))
+    print(summary(outcomes))
+    print(f"{time.monotonic() - start:.0f} s in all")
+    return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
