@@ -14,7 +14,8 @@ import torch
 from fastgpt import dispatch
 from fastgpt.backends import coverage
 from fastgpt.dispatch import Cell, register
-from fastgpt.ops import attention, cross_entropy
+from fastgpt.ops import attention as attention_op
+from fastgpt.ops import cross_entropy as cross_entropy_op
 from fastgpt.ops.attention import AttentionCall
 from fastgpt.ops.cross_entropy import CrossEntropyCall
 
@@ -97,7 +98,7 @@ def _kernel(op: str, which: str) -> Any:
     return launch
 
 
-for _op, _module in (("cross_entropy", cross_entropy), ("attention", attention)):
+for _op, _module in (("cross_entropy", cross_entropy_op), ("attention", attention_op)):
     _module.LAUNCHERS["triton"] = _module.define("fastgpt_triton")
     for _which in ("forward", "backward"):
         torch.library.impl(f"fastgpt_triton::{_op}_{_which}", ("CPU", "CUDA"), _kernel(_op, _which))
