@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in stages with a time budget each: `make gpu`, `make gpu-quick`.
 
-It installs in place without a network, runs the device tests, the ordinary tests of the kernels on
-the device and NVIDIA's memory checker, and measures. A stage that overruns its budget is cut and
+It installs in place without a network, runs the device tests, the kernels' ordinary tests on the
+device and NVIDIA's memory checker, and measures. A stage that overruns its budget is cut and
 reported, and the later ones still run; what a stage leaves of its budget, the next ones may use.
 The logs are in build/gpu/, the measurements in benchmarks/results/. It ends with a summary, and
 with an error if a stage failed, was cut or could not run.
@@ -18,13 +18,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "build" / "gpu"
-GRACE = 8.0  # seconds that a stage has to end itself when it is cut
+GRACE = 5.0  # of its budget, the seconds that a stage has to end itself when it is cut
 
 # What would make the stages test or measure something else than an ordinary user's run.
 UNSET = ("TRITON_INTERPRET", "FASTGPT_BACKEND", "FASTGPT_AUTOTUNE", "FASTGPT_TEST_DEVICE")
@@ -122,7 +122,7 @@ def _run(stage: Stage, limit: float, logs: Path) -> Outcome:
     cut = False
     try:
         for process in processes:
-            process.wait(max(0.0, limit - (time.monotonic() - start)))
+            process.wait(max(0.0, start + max(limit - GRACE, limit / 2) - time.monotonic()))
     except subprocess.TimeoutExpired:
         cut = True
     finally:
@@ -143,7 +143,7 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
         for process in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal_number)
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + 0.8 * GRACE
         for process in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, end - time.monotonic()))
@@ -154,14 +154,13 @@ def _details(status: int, log: Path) -> list[str]:
     and the last lines.
     """
     lines = log.read_text(errors="replace").splitlines()
-    found = [line.strip("= ") for line in lines if re.fullmatch(r"=+ .* in [\d.]+s.*=+", line)]
+    counts = r"[= ]*(no tests ran|\d+ [a-z]+(, \d+ [a-z]+)*) in [\d.]+s.*"
+    found = [line.strip("= ") for line in lines if re.fullmatch(counts, line)]
     telling = r"(SKIPPED|FAILED|ERROR) |.*(: left out: |no report: |no chart: )|.*device tests were"
-    found += [line for line in lines if re.match(telling, line)]
+    found += [line for line in dict.fromkeys(lines) if re.match(telling, line)]
     found += [line for line in lines if re.fullmatch(r"/.*\.(json|png)", line)]
     if status == 0:
         return found
-    if status == 5 and any("no tests ran" in line or "deselected" in line for line in found):
-        found.append("no test was selected")
     where = log.relative_to(ROOT) if log.is_relative_to(ROOT) else log
     if len(found) > 12:
         found = [*found[:12], f"... and {len(found) - 12} more lines"]
@@ -192,43 +191,82 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _pytest(*arguments: str) -> tuple[str, ...]:
-    # Side by side, so without the cache that they would share.
-    return (sys.executable, "-m", "pytest", "-q", "-rsfE", "-p", "no:cacheprovider", *arguments)
+def absent() -> str:
+    """Which optional packages are not there, and what is left out for want of them."""
+    lines = [f"{name} is not installed: {why}" for name, why in OPTIONAL.items() if not _has(name)]
+    return "\n".join(lines) or "every optional package is installed"
+
+
+@dataclass(frozen=True)
+class TestFile:
+    """Tests, run in so many processes side by side, and what the quick run takes of them."""
+
+    path: str
+    processes: int = 1
+    quick: str | None = ""  # a -k expression; empty for the whole file, None for nothing of it
+
+    def commands(self, quick: bool, choice: str = "") -> Iterator[tuple[str, ...]]:
+        """For the tests that the -k expression `choice` takes."""
+        if quick and self.quick is None:
+            return
+        processes = max(1, min(self.processes, (os.cpu_count() or 1) // 3))
+        choice = " and ".join(filter(None, (choice, quick and self.quick and f"({self.quick})")))
+        for number in range(1, processes + 1):
+            # Side by side, so without the cache that they would share.
+            command = [sys.executable, "-m", "pytest", "-q", "-rsfE", "-p", "no:cacheprovider"]
+            command += ["-p", "benchmarks.shard", "--shard", f"{number}/{processes}"]
+            command += [self.path, *(("-k", choice) if choice else ())]
+            if quick:
+                command += ["-m", "not slow"]
+            yield tuple(command)
+
+
+DEVICE_TESTS = (
+    TestFile(
+        "tests/device/test_device_attention.py",
+        6,
+        "test_an_output_or_gradient and not 80 and (bfloat16 or float32)",
+    ),
+    TestFile(
+        "tests/device/test_device_cross_entropy.py",
+        3,
+        "test_a_loss_or_gradient and (1000 or 50257) and (bfloat16 or float32)",
+    ),
+    TestFile("tests/device/test_device_execution.py", 2),
+    TestFile("tests/device/test_device_compile.py"),
+    TestFile("tests/device/test_device_memory.py"),
+    TestFile("tests/device/test_device_large.py", 1, None),
+    TestFile("tests/device/test_device_processes.py", 1, "out_of_range_is_not_noticed and 5000"),
+)
+
+# The kernels' own tests, whose Triton cases run on a GPU where there is one.
+ORDINARY_TESTS = (
+    TestFile("tests/test_cross_entropy.py", 4, "error"),
+    TestFile("tests/test_attention.py", 5, "error"),
+    TestFile("tests/test_cross_entropy_autograd.py", 2, "gradgradcheck"),
+    TestFile("tests/test_attention_autograd.py", 3, "gradgradcheck"),
+)
 
 
 def _imports(path: Path, module: str) -> bool:
     return bool(re.search(rf"^(import|from) {module}\b", path.read_text(), re.MULTILINE))
 
 
-def _ordinary_tests(quick: bool, budget: float) -> Stage:
-    """The kernels' own tests, whose Triton cases run on the GPU where there is one."""
-    names = ["cross_entropy", "attention"]
-    if not quick:
-        names += ["cross_entropy_autograd", "attention_autograd"]
-    files = [ROOT / "tests" / f"test_{name}.py" for name in names]
+def _tests(
+    name: str, budget: float, files: Sequence[TestFile], quick: bool, choice: str = ""
+) -> Stage:
+    if not _has("pytest"):
+        return Stage(name, budget, unable="pytest is not installed")
     notes = []
+    if quick:
+        notes.append("the quick run takes a part of them")
     if not _has("hypothesis"):
-        left_out = [file for file in files if _imports(file, "hypothesis")]
+        left_out = [file for file in files if _imports(ROOT / file.path, "hypothesis")]
         files = [file for file in files if file not in left_out]
-        notes = [f"{file.name} left out: hypothesis is not installed" for file in left_out]
-    chosen = "triton and error" if quick else "triton"
-    options = ["-k", chosen, "-m", "not slow"]
-    return Stage(
-        "ordinary tests on the GPU",
-        budget,
-        tuple(_pytest(str(file.relative_to(ROOT)), *options) for file in files),
-        notes=tuple(notes),
-        unable="" if files else "; ".join(notes),
-    )
-
-
-def _device_tests(quick: bool, budget: float) -> Stage:
-    files = sorted((ROOT / "tests" / "device").glob("test_*.py"))
-    options = ["-m", "not slow"] if quick else []
-    commands = (_pytest(str(file.relative_to(ROOT)), *options) for file in files)
-    notes = ("those marked slow are left out of the quick run",) if quick else ()
-    return Stage("device tests", budget, tuple(commands), notes=notes)
+        notes += [f"{file.path} left out: hypothesis is not installed" for file in left_out]
+    commands = tuple(command for file in files for command in file.commands(quick, choice))
+    unable = "" if files else "; ".join(notes)
+    return Stage(name, budget, commands, notes=tuple(notes), unable=unable)
 
 
 def _sanitizer(quick: bool, budget: float) -> Stage:
@@ -253,7 +291,7 @@ def _sanitizer(quick: bool, budget: float) -> Stage:
 def _benchmark(op: str, quick: bool, budget: float) -> Stage:
     report = (sys.executable, "-m", "benchmarks.report", "--device", "cuda", "--op", op)
     # The start and the last file take a few seconds of the budget.
-    options = ["--seconds", f"{budget - 12:.0f}", "--budget", "1.5" if quick else "4"]
+    options = ["--seconds", f"{budget - 10:.0f}", "--budget", "1.5" if quick else "4"]
     if not quick:
         options.append("--long")
     name = f"benchmark of {op.replace('_', '-')}"
@@ -267,24 +305,17 @@ def stages(quick: bool) -> list[Stage]:
         return short if quick else full
 
     pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps")
-    found = [
-        Stage(
-            "install in place",
-            budget(80, 45),
-            ((*pip, "--no-build-isolation", "--disable-pip-version-check", "-e", "."),),
-        ),
-        Stage("fastgpt.info", 15, ((sys.executable, "-m", "fastgpt.info"),), print_log=True),
-        _device_tests(quick, budget(150, 45)),
-        _ordinary_tests(quick, budget(70, 15)),
-        _sanitizer(quick, budget(35, 0)),
-        _benchmark("cross_entropy", quick, budget(90, 26)),
-        _benchmark("attention", quick, budget(120, 26)),
-    ]
-    if _has("pytest"):
-        return found
+    install = (*pip, "--no-build-isolation", "--disable-pip-version-check", "-e", ".")
     return [
-        Stage(s.name, s.budget, unable="pytest is not installed") if "tests" in s.name else s
-        for s in found
+        Stage("install in place", budget(75, 35), (install,)),
+        Stage(
+            "fastgpt.info", budget(12, 8), ((sys.executable, "-m", "fastgpt.info"),), print_log=True
+        ),
+        _tests("device tests", budget(150, 40), DEVICE_TESTS, quick),
+        _tests("ordinary tests on the GPU", budget(95, 15), ORDINARY_TESTS, quick, "triton"),
+        _sanitizer(quick, budget(35, 0)),
+        _benchmark("cross_entropy", quick, budget(80, 32)),
+        _benchmark("attention", quick, budget(110, 36)),
     ]
 
 
@@ -302,12 +333,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if check.returncode != 0:
         return check.returncode
-    for module, without in OPTIONAL.items():
-        if not _has(module):
-            print(f"{module} is not installed: {without}")
+    print(without := absent())
     outcomes = run(stages(quick))
     print(summary(outcomes))
-    print(f"{time.monotonic() - start:.0f} s in all")
+    print(f"{without}\n{time.monotonic() - start:.0f} s in all")
     return 0 if all(outcome.good for outcome in outcomes) else 1
 
 
