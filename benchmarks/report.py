@@ -198,8 +198,9 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
     axes.invert_yaxis()
     axes.set_xlim(0, reach * 1.1)
     axes.set_xlabel("time ÷ fastgpt's time, forward + backward (median, quartiles)")
-    on = f"{where['cpu']}, {where['threads']} threads, {where['isa']}"
-    if device == "cuda":
+    if device == "cpu":
+        on = f"{where['cpu']}, {where['threads']} threads, {where['isa']}"
+    else:
         on = f"{where['gpu']}, driver {where['driver']}, triton {where['triton']}"
     figure.suptitle(f"{_title(op)}: {on}, torch {where['torch']}", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
