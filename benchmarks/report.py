@@ -74,7 +74,7 @@ def _gpu() -> dict[str, Any]:
         "driver": _driver(),
         "cuda": torch.version.cuda or torch.version.hip,
         "cudnn": torch.backends.cudnn.version(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": torch.backends.cuda.matmul.fp32_precision,
         "peers": {
             name: importlib.metadata.version(name)
             for name in ("liger-kernel", "quack-kernels", "cut-cross-entropy")

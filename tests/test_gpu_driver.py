@@ -14,6 +14,7 @@ from benchmarks import gpu, gpu_check
 from benchmarks.gpu import Outcome, Stage
 
 ROOT = Path(__file__).parent.parent
+MEMCHECK = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "device")))
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -218,8 +219,7 @@ def test_a_file_of_device_tests_is_run_by_no_stage():
 @pytest.mark.slow
 @pytest.mark.parametrize("tests", gpu.DEVICE_TESTS + gpu.ORDINARY_TESTS, ids=lambda t: t.path)
 def test_the_quick_run_takes_nothing_of_a_file(tests):
-    choice = "" if tests in gpu.DEVICE_TESTS else "triton"
-    for command in tests.commands(True, choice):
+    for command in tests.commands(quick=True):
         ended = python(*command[1:], "--collect-only")
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert re.search(r"\d+(/\d+)? tests? collected", ended.stdout), ended.stdout
@@ -256,6 +256,11 @@ def test_a_device_test_that_needs_only_its_kernels_fails(file, choice):
     )
     assert ended.returncode == 0, ended.stdout
     assert re.search(r"\d+ passed", ended.stdout)
+
+
+def test_the_script_for_the_memory_checker_is_broken():
+    ended = python("-c", "import memcheck; memcheck.main('cpu')", PYTHONPATH=MEMCHECK)
+    assert ended.stdout.strip() == "both ops ran", ended.stderr
 
 
 def test_a_part_of_the_tests_is_in_no_shard(tmp_path):

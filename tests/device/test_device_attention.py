@@ -116,9 +116,11 @@ def test_tf32_is_used_unasked(gpu):
     """Its ten bits of mantissa would show in the fifth digit, and the first test would fail on it;
     here torch allows it, so the error may grow, and must fall again when torch does not.
     """
-    assert torch.get_float32_matmul_precision() == "highest"
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    assert before != "tf32"
     check(gpu, torch.float32, *3 * [(1, 2, 256, 128)])
-    torch.set_float32_matmul_precision("high")
+    matmul.fp32_precision = "tf32"
     try:
         leaves = [normal(1, 2, 256, 128, seed=i).requires_grad_() for i in range(3)]
         upstream = normal(1, 2, 256, 128, seed=9)
@@ -127,7 +129,7 @@ def test_tf32_is_used_unasked(gpu):
         for ours, want in zip(got, truth, strict=True):
             assert (ours - want).abs().max() <= 2**-8 * want.abs().max()
     finally:
-        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
     check(gpu, torch.float32, *3 * [(1, 2, 256, 128)])
 
 

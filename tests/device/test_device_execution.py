@@ -3,7 +3,7 @@
 import pytest
 import torch
 from calls import CALLS
-from device_oracle import normal, targets
+from device_oracle import assert_close, half_ulp, normal, targets
 
 import fastgpt
 
@@ -41,6 +41,16 @@ def test_a_cpu_tensor_runs_on_triton(gpu):
         )
     reasons = dict(explanation.decisions)
     assert "TRITON_INTERPRET" in reasons["triton"]
+
+
+@calls
+def test_a_call_is_not_what_eager_computes(device, make):
+    got = make(device=device).run()
+    with fastgpt.backend("eager"):
+        want = make(device=device).run()
+    for ours, expected in zip(got, want, strict=True):
+        tolerance = 64 * half_ulp(torch.float32) + 8 * half_ulp(ours.dtype)
+        assert_close(ours, expected.double(), tolerance)
 
 
 @calls
