@@ -1,0 +1,26 @@
+"""The tiles of the attention kernels on each chip. Imports no Triton: the rules of coverage ask it."""
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """How one kernel is cut up: queries and keys of a tile, warps of a program, and how many tiles
+    are under way between memory and multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+INTERPRETED = Config(32, 64, 4, 1)  # small enough for the tests to have several
+
+
+def padded(columns: int) -> int:
+    """The width of a tile of so many columns: a matrix instruction's, times a power of two."""
+    return max(16, 1 << (columns - 1).bit_length())
+
+
+def best(*_) -> Config:
+    return Config(64, 64, 4, 2)
