@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgpt.files import atomic_path, cache_dir
 from fastgpt.gpt.bigram import Bigram
 from fastgpt.gpt.data import load_corpus, load_dataset, random_batch, standard_library, token_file
-from fastgpt.gpt.files import atomic_path, cache_dir
 from fastgpt.gpt.tokenizer import (
     BPETokenizer,
     ByteTokenizer,

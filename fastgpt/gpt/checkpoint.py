@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt.files import atomic_path
+
 from .errors import CheckpointError, require
-from .files import atomic_path
 
 Tensors = dict[str, Tensor]
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fastgpt.files import atomic_path, cache_dir
+
 from .errors import LazyModule, UsageError
-from .files import atomic_path, cache_dir
 from .tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 import fastgpt
+from fastgpt.files import cache_dir
 
 from .compare import FUSED, compare_variants, table
 from .config import PRESETS, GPTConfig, TrainConfig
 from .data import Dataset, load_dataset
 from .errors import UsageError, run_command
-from .files import cache_dir
 from .sample import print_stream, stream_text
 from .train import Trainer
 

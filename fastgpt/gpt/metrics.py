@@ -5,8 +5,9 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from fastgpt.files import atomic_path
+
 from .errors import require
-from .files import atomic_path
 
 
 @dataclass(frozen=True)

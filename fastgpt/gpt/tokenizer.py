@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastgpt.files import atomic_path, cache_dir
+
 from .errors import LazyModule, UsageError, require
-from .files import atomic_path, cache_dir
 
 if TYPE_CHECKING:
     import numpy as np

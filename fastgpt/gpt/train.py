@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.files import atomic_path
+
 from .bigram import Bigram
 from .checkpoint import (
     load_checkpoint,
@@ -37,7 +39,6 @@ from .checkpoint import (
 from .config import PRESETS, TrainConfig
 from .data import Dataset, load_dataset, random_batch
 from .errors import CheckpointError, UsageError, require, run_command
-from .files import atomic_path
 from .metrics import MetricsFile, Row, draw_loss
 from .model import GPT, loss_function
 from .optim import learning_rate, make_optimizer

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastgpt import dispatch
-from fastgpt.backends import native
+from fastgpt.backends import native, triton
 from fastgpt.dispatch import BACKENDS
 
 OPS = ("cross_entropy", "scaled_dot_product_attention")
@@ -23,6 +23,7 @@ class Info:
 
     version: str
     torch: str
+    triton: str | None  # None where it is not installed
     isa: str | None  # the CPU instruction set that runs; None without native kernels
     isas: tuple[str, ...]  # those this processor can run
     threads: int
@@ -34,7 +35,7 @@ class Info:
 
     def __str__(self) -> str:
         lines = [
-            f"fastgpt {self.version}, torch {self.torch}",
+            f"fastgpt {self.version}, torch {self.torch}, triton {self.triton or 'missing'}",
             f"instruction set: {self.isa or 'none'} (of {', '.join(self.isas) or 'none'}), "
             f"{self.threads} threads",
             "",
@@ -65,6 +66,7 @@ def info() -> Info:
     return Info(
         version=version(),
         torch=torch.__version__,
+        triton=triton.version(),
         isa=native.isa(),
         isas=native.isas(),
         threads=torch.get_num_threads(),

@@ -13,8 +13,10 @@ import torch
 
 from fastgpt import dispatch
 from fastgpt.backends import coverage
+from fastgpt.backends.triton.chips import unserved
 from fastgpt.dispatch import Cell, register
-from fastgpt.ops import attention, cross_entropy
+from fastgpt.ops import attention as attention_op
+from fastgpt.ops import cross_entropy as cross_entropy_op
 from fastgpt.ops.attention import AttentionCall
 from fastgpt.ops.cross_entropy import CrossEntropyCall
 
@@ -67,19 +69,19 @@ def _cuda_reason() -> str:
     return ""
 
 
-def _covers_device(device: str) -> str:
+def _covers_device(device: torch.device) -> str:
     # Slower than eager by orders of magnitude, so never by default.
-    if device == "cpu" and dispatch.asked_for() != "triton":
+    if device.type == "cpu" and dispatch.asked_for() != "triton":
         return "its interpreter runs only when asked for, by fastgpt.backend('triton')"
-    return ""
+    return unserved(device)
 
 
 def _covers_cross_entropy(call: CrossEntropyCall) -> str:
-    return _covers_device(call.logits.device.type) or coverage.cross_entropy(call)
+    return _covers_device(call.logits.device) or coverage.cross_entropy(call)
 
 
 def _covers_attention(call: AttentionCall) -> str:
-    return _covers_device(call.query.device.type) or coverage.attention(call, MAX_HEAD_DIM)
+    return _covers_device(call.query.device) or coverage.attention(call, MAX_HEAD_DIM)
 
 
 for _device, _reason in (("cpu", _cpu_reason()), ("cuda", _cuda_reason())):
@@ -97,7 +99,7 @@ def _kernel(op: str, which: str) -> Any:
     return launch
 
 
-for _op, _module in (("cross_entropy", cross_entropy), ("attention", attention)):
+for _op, _module in (("cross_entropy", cross_entropy_op), ("attention", attention_op)):
     _module.LAUNCHERS["triton"] = _module.define("fastgpt_triton")
     for _which in ("forward", "backward"):
         torch.library.impl(f"fastgpt_triton::{_op}_{_which}", ("CPU", "CUDA"), _kernel(_op, _which))
