@@ -35,24 +35,28 @@ again by `careful_product`, which leaves them out.
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.backends.coverage import DTYPES
 from fastgpt.backends.triton import tiles
-from fastgpt.backends.triton.aot import Compilation
-from fastgpt.backends.triton.chips import CHIPS, Chip, chip_of
+from fastgpt.backends.triton.chips import Chip, chip_of
 from fastgpt.backends.triton.tiles import Config
 from fastgpt.ops.attention import new_gradients, new_outputs
 from fastgpt.ops.raw import accumulator_dtype
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+if knobs.runtime.interpret:
+    from fastgpt.backends.triton import interpreter
+
+    interpreter.correct()
+
+INTERPRETED = knobs.runtime.interpret
 INFINITY = tl.constexpr(math.inf)
 NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
@@ -64,22 +68,9 @@ SLICE = tl.constexpr(16)
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """`x` in another type, to nearest: the interpreter's own conversion to bfloat16 truncates."""
-    if INTERPRETED and DTYPE == tl.bfloat16 and x.dtype != tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b. The interpreter would multiply the bits of bfloat16 numbers."""
-    if INTERPRETED:
-        a = a.to(acc.dtype)
-        b = b.to(acc.dtype)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    """acc + a @ b, `a` rounded to b's type."""
+    return tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -89,12 +80,12 @@ def careful_product(weights, seen, x, acc, plus, minus, PRECISION: tl.constexpr)
     """
     wide = x.to(acc.dtype)
     finite = tl.abs(wide) < INFINITY
-    acc = product(weights, rounded(tl.where(finite, wide, 0.0), x.dtype), acc, PRECISION)
-    seen = rounded(tl.where(seen, 1.0, 0.0), x.dtype)
+    acc = product(weights, tl.where(finite, wide, 0.0).to(x.dtype), acc, PRECISION)
+    seen = tl.where(seen, 1.0, 0.0)
     high = tl.where(finite | (wide < 0), 0.0, 1.0)
     low = tl.where(finite | (wide > 0), 0.0, 1.0)
-    plus = product(seen, rounded(high, x.dtype), plus, PRECISION)
-    minus = product(seen, rounded(low, x.dtype), minus, PRECISION)
+    plus = product(seen, high.to(x.dtype), plus, PRECISION)
+    minus = product(seen, low.to(x.dtype), minus, PRECISION)
     return acc, plus, minus
 
 
@@ -173,7 +164,7 @@ def store_rows(x, values, row_stride, start, rows, column, COLUMNS: tl.constexpr
     j = column + tl.arange(0, values.shape[1])
     at = x + i.to(tl.int64)[:, None] * row_stride + j[None, :]
     exists = (i < rows)[:, None] & (j < COLUMNS)[None, :]
-    tl.store(at, rounded(values, x.dtype.element_ty), mask=exists)
+    tl.store(at, values.to(x.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -248,7 +239,7 @@ def forward_tiles(
         total = total * shrink + tl.sum(p, 1)
         v = load_tile(value, v_row, value_tiles, batch, kv_head, start, keys, BLOCK_N, VALUE_DIM,
                       acc.shape[1], HIDES)  # fmt: skip
-        acc = product(rounded(p, v.dtype), v, acc * shrink[:, None], PRECISION)
+        acc = product(p, v, acc * shrink[:, None], PRECISION)
         peak = above
     return acc, total, peak
 
@@ -261,7 +252,7 @@ def store_output(
     o = acc * inverse[:, None]
     store_rows(output, o, row_stride, start, rows, column, COLUMNS)
     if output.dtype.element_ty != acc.dtype:
-        lost = o - rounded(o, output.dtype.element_ty).to(acc.dtype)
+        lost = o - o.to(output.dtype.element_ty).to(acc.dtype)
         store_rows(rounding, lost, row_stride, start, rows, column, COLUMNS)
 
 
@@ -341,9 +332,7 @@ def forward_kernel(
                 s = scores(q, k, seen, bias, scale, True, SCALED, MASK, PRECISION)
                 p = tl.exp2((s - peak[:, None]) * factor)
                 v = load_rows(value, v_row, start, keys, column, SLICE, VALUE_DIM, SLICE, True)
-                acc, plus, minus = careful_product(
-                    rounded(p, v.dtype), seen, v, acc, plus, minus, PRECISION
-                )
+                acc, plus, minus = careful_product(p, seen, v, acc, plus, minus, PRECISION)
             store_output(with_infinities(acc, plus, minus), inverse, output, rounding, o_row,
                          first, queries, column, VALUE_DIM)  # fmt: skip
     else:
@@ -389,7 +378,7 @@ def query_gradient_tiles(
                              acc.dtype, HIDES, MASK, CAUSAL)  # fmt: skip
         _, ds = gradient_tile(q, k, g, v, peak[:, None], inverse[:, None], delta[:, None], seen,
                               bias, scale, factor, HIDES, SCALED, MASK, PRECISION)  # fmt: skip
-        acc = product(rounded(ds, k.dtype), k, acc, PRECISION)
+        acc = product(ds, k, acc, PRECISION)
     return acc
 
 
@@ -435,7 +424,9 @@ def query_gradient_kernel(
     o = load_rows(output + at, o_row, first, queries, 0, BLOCK_M, VALUE_DIM, BLOCK_DV, True)
     o = o.to(dtype)
     if output.dtype.element_ty != dtype:
-        lost = load_rows(rounding + at, o_row, first, queries, 0, BLOCK_M, VALUE_DIM, BLOCK_DV, True)
+        lost = load_rows(
+            rounding + at, o_row, first, queries, 0, BLOCK_M, VALUE_DIM, BLOCK_DV, True
+        )
         o += lost.to(dtype)
     delta = tl.sum(g.to(dtype) * o, 1)
     tl.store(row_delta + rows, delta, mask=exists)
@@ -479,9 +470,7 @@ def query_gradient_kernel(
                     factor, True, SCALED, MASK, PRECISION,
                 )  # fmt: skip
                 some = load_rows(key, k_row, start, keys, column, SLICE, HEAD_DIM, SLICE, True)
-                acc, plus, minus = careful_product(
-                    rounded(ds, k.dtype), seen, some, acc, plus, minus, PRECISION
-                )
+                acc, plus, minus = careful_product(ds, seen, some, acc, plus, minus, PRECISION)
             store_rows(grad_query, with_nan(acc, plus, minus) * slope, d_row, first, queries,
                        column, HEAD_DIM)  # fmt: skip
     else:
@@ -500,7 +489,7 @@ def key_gradient_tiles(
     of one head, the last one first: under a causal mask the first queries give a key its largest
     weights, and what is added to a large sum is rounded at its size.
     """
-    for tile in range(0, end - begin):
+    for tile in range(end - begin):
         start = (end - 1 - tile) * BLOCK_M
         q = load_tile(query, q_row, query_tiles, batch, head, start, queries, BLOCK_M, HEAD_DIM,
                       k.shape[1], True)  # fmt: skip
@@ -515,8 +504,8 @@ def key_gradient_tiles(
                              grad_k.dtype, HIDES, MASK, CAUSAL)  # fmt: skip
         p, ds = gradient_tile(k, q, v, g, peak[None, :], inverse[None, :], delta[None, :], seen,
                               bias, scale, factor, HIDES, SCALED, MASK, PRECISION)  # fmt: skip
-        grad_v = product(rounded(p, g.dtype), g, grad_v, PRECISION)
-        grad_k = product(rounded(ds, q.dtype), q, grad_k, PRECISION)
+        grad_v = product(p, g, grad_v, PRECISION)
+        grad_k = product(ds, q, grad_k, PRECISION)
     return grad_k, grad_v
 
 
@@ -536,7 +525,7 @@ def store_careful_key_gradient(
         acc = tl.full([k.shape[0], SLICE], 0.0, dtype)
         plus = tl.full([k.shape[0], SLICE], 0.0, dtype)
         minus = tl.full([k.shape[0], SLICE], 0.0, dtype)
-        for member in range(0, group):
+        for member in range(group):
             head = kv_head * group + member
             x = query + (batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head)
             y = grad_output + (batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head)
@@ -559,14 +548,10 @@ def store_careful_key_gradient(
                 )  # fmt: skip
                 if OF_VALUE:
                     some = load_rows(y, g_row, start, queries, column, SLICE, COLUMNS, SLICE, True)
-                    acc, plus, minus = careful_product(
-                        rounded(p, some.dtype), seen, some, acc, plus, minus, PRECISION
-                    )
+                    acc, plus, minus = careful_product(p, seen, some, acc, plus, minus, PRECISION)
                 else:
                     some = load_rows(x, q_row, start, queries, column, SLICE, COLUMNS, SLICE, True)
-                    acc, plus, minus = careful_product(
-                        rounded(ds, some.dtype), seen, some, acc, plus, minus, PRECISION
-                    )
+                    acc, plus, minus = careful_product(ds, seen, some, acc, plus, minus, PRECISION)
         if OF_VALUE:
             total = with_infinities(acc, plus, minus)
         else:
@@ -610,7 +595,7 @@ def key_gradient_kernel(
     tiles = tl.cdiv(queries, BLOCK_M)
     begin = tl.minimum(first // BLOCK_M, tiles) if CAUSAL else 0
     whole = tl.minimum(tl.cdiv(first + BLOCK_N - 1, BLOCK_M), tiles) if CAUSAL else 0
-    for member in range(0, group):
+    for member in range(group):
         head = kv_head * group + member
         q = query + (batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head)
         g = grad_output + (batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head)
@@ -799,9 +784,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
     """For tiles of so many rows of x (B, H, N, columns); None where the copy engine cannot read it:
     its strides are positive multiples of 16 bytes.
     """
-    strides = [
-        s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)
-    ]
+    strides = [s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
     aligned = (x.data_ptr(), *(s * x.element_size() for s in strides))
     if min(strides) <= 0 or any(n % 16 for n in aligned):
         return None
@@ -826,8 +809,8 @@ def _section(heads: int, head_bytes: int) -> int:
 
 
 def _config(kernel: str, call: _Call, chip: Chip) -> Config:
-    if INTERPRETED.value:
-        return tiles.INTERPRETED
+    if INTERPRETED:
+        return tiles.INTERPRETED[kernel]
     width = tiles.padded(max(call.query.shape[3], call.value.shape[3]))
     return tiles.best(kernel, call.query.element_size(), width, chip)
 
@@ -839,9 +822,7 @@ def _forward_launch(
     B, Hq, L, _ = call.query.shape
     arguments = {
         **_shared_arguments(call),
-        **_descriptors(
-            chip, ("key_tiles", "value_tiles"), (call.key, call.value), config.block_n
-        ),
+        **_descriptors(chip, ("key_tiles", "value_tiles"), (call.key, call.value), config.block_n),
         "output": output,
         "rounding": rounding,
         "row_max": row_max,
@@ -877,9 +858,7 @@ def _query_gradient_launch(
     B, Hq, L, _ = call.query.shape
     arguments = {
         **_gradient_arguments(call, grad_output),
-        **_descriptors(
-            chip, ("key_tiles", "value_tiles"), (call.key, call.value), config.block_n
-        ),
+        **_descriptors(chip, ("key_tiles", "value_tiles"), (call.key, call.value), config.block_n),
         "output": output,
         "rounding": rounding,
         "row_max": row_max,
@@ -915,7 +894,9 @@ def _key_gradient_launch(
         "row_inverse": statistics[1],
         "grad_key": gradients[0],
         "grad_value": gradients[1],
-        "section": _section(B * H, _bytes_of_head(call.query, grad_output) * call.query.shape[1] // H),
+        "section": _section(
+            B * H, _bytes_of_head(call.query, grad_output) * call.query.shape[1] // H
+        ),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
@@ -1006,9 +987,7 @@ def backward(
     statistics = row_max.new_empty((2, *heads[:3]))
     with _running(query.device):
         config = _config("query gradient", call, chip)
-        _query_gradient_launch(
-            call, grad_output, saved, grad_query, statistics, config, chip
-        ).run()
+        _query_gradient_launch(call, grad_output, saved, grad_query, statistics, config, chip).run()
         config = _config("key gradient", call, chip)
         _key_gradient_launch(
             call, grad_output, saved[2], tuple(gradients), statistics, config, chip
