@@ -35,6 +35,7 @@ again by `careful_product`, which leaves them out.
 import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.backends.coverage import DTYPES
 from fastgpt.backends.triton import tiles
+from fastgpt.backends.triton.aot import Compilation
 from fastgpt.backends.triton.chips import Chip, chip_of
 from fastgpt.backends.triton.tiles import Config
 from fastgpt.ops.attention import new_gradients, new_outputs
@@ -103,9 +105,15 @@ def with_nan(acc, plus, minus):
 
 
 @triton.jit
-def any_not_finite(x, exists):
-    """Whether any number is not finite in the rows that exist; in one reduction."""
-    return tl.max(tl.where((tl.abs(x) < INFINITY) | ~exists[:, None], 0, 1), axis=None) != 0
+def any_spread(x, exists, MASK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Whether a number in the rows that exist is not finite, in one reduction; never where nothing
+    is hidden, since then it belongs there.
+    """
+    if MASK == NO_MASK and not CAUSAL:
+        spread: tl.constexpr = False
+    else:
+        spread = tl.max(tl.where((tl.abs(x) < INFINITY) | ~exists[:, None], 0, 1), axis=None) != 0
+    return spread
 
 
 # ---- places ----
@@ -153,8 +161,10 @@ def load_tile(
     which fills up with zeros, too.
     """
     if descriptor is None:
-        return load_rows(x, row_stride, start, rows, 0, ROWS, COLUMNS, WIDTH, BOUNDED)
-    return descriptor.load([batch, head, start, 0]).reshape(ROWS, WIDTH)
+        found = load_rows(x, row_stride, start, rows, 0, ROWS, COLUMNS, WIDTH, BOUNDED)
+    else:
+        found = descriptor.load([batch, head, start, 0]).reshape(ROWS, WIDTH)
+    return found
 
 
 @triton.jit
@@ -176,12 +186,12 @@ def visible(
     adds. One of i and j is a column, the other a row. Without a mask every query counts as one that
     exists: its row of the sums is not stored.
     """
-    if not HIDES:
-        return True, 0.0
-    seen = j < keys
-    if CAUSAL:
-        seen &= j <= i
+    seen = True
     bias = 0.0
+    if HIDES:
+        seen = j < keys
+    if HIDES and CAUSAL:
+        seen &= j <= i
     if MASK != NO_MASK:
         seen &= i < queries
         at = mask + i.to(tl.int64) * mask_row + j.to(tl.int64) * mask_column
@@ -230,10 +240,9 @@ def forward_tiles(
                              acc.dtype, HIDES, MASK, CAUSAL)  # fmt: skip
         s = scores(q, k, seen, bias, scale, HIDES, SCALED, MASK, PRECISION)
         above = tl.maximum(peak, tl.max(s, 1))
+        level = above
         if MASK != NO_MASK:  # before the first key that is seen
             level = tl.where(above == -INFINITY, 0.0, above)
-        else:
-            level = above
         p = tl.exp2((s - level[:, None]) * factor)
         shrink = tl.exp2((peak - level) * factor)
         total = total * shrink + tl.sum(p, 1)
@@ -254,6 +263,33 @@ def store_output(
     if output.dtype.element_ty != acc.dtype:
         lost = o - o.to(output.dtype.element_ty).to(acc.dtype)
         store_rows(rounding, lost, row_stride, start, rows, column, COLUMNS)
+
+
+@triton.jit
+def store_careful_output(
+    output, rounding, o_row, q, peak, inverse, first, end, queries, keys, scale, factor,
+    key, k_row, value, v_row, mask, mask_row, mask_column,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o of a block of queries, from the keys before `end`."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    i = first + tl.arange(0, BLOCK_M)
+    for column in range(0, VALUE_DIM, SLICE):
+        acc = tl.full([BLOCK_M, SLICE], 0.0, scale.dtype)
+        plus = tl.full([BLOCK_M, SLICE], 0.0, scale.dtype)
+        minus = tl.full([BLOCK_M, SLICE], 0.0, scale.dtype)
+        for start in tl.range(0, end, SLICE, num_stages=1):
+            j = start + tl.arange(0, SLICE)
+            k = load_rows(key, k_row, start, keys, 0, SLICE, HEAD_DIM, q.shape[1], True)
+            v = load_rows(value, v_row, start, keys, column, SLICE, VALUE_DIM, SLICE, True)
+            seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row,
+                                 mask_column, scale.dtype, True, MASK, CAUSAL)  # fmt: skip
+            s = scores(q, k, seen, bias, scale, True, SCALED, MASK, PRECISION)
+            p = tl.exp2((s - peak[:, None]) * factor)
+            acc, plus, minus = careful_product(p, seen, v, acc, plus, minus, PRECISION)
+        store_output(with_infinities(acc, plus, minus), inverse, output, rounding, o_row, first,
+                     queries, column, VALUE_DIM)  # fmt: skip
 
 
 @triton.jit
@@ -316,25 +352,12 @@ def forward_kernel(
     output += at
     if output.dtype.element_ty != dtype:
         rounding += at
-    spread = False
-    if CAUSAL or MASK != NO_MASK:
-        spread = any_not_finite(acc, exists)
-    if spread:
-        for column in range(0, VALUE_DIM, SLICE):
-            acc = tl.full([BLOCK_M, SLICE], 0.0, dtype)
-            plus = tl.full([BLOCK_M, SLICE], 0.0, dtype)
-            minus = tl.full([BLOCK_M, SLICE], 0.0, dtype)
-            for start in tl.range(0, end, SLICE, num_stages=1):
-                j = start + tl.arange(0, SLICE)
-                k = load_rows(key, k_row, start, keys, 0, SLICE, HEAD_DIM, BLOCK_D, True)
-                seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row,
-                                     mask_column, dtype, True, MASK, CAUSAL)  # fmt: skip
-                s = scores(q, k, seen, bias, scale, True, SCALED, MASK, PRECISION)
-                p = tl.exp2((s - peak[:, None]) * factor)
-                v = load_rows(value, v_row, start, keys, column, SLICE, VALUE_DIM, SLICE, True)
-                acc, plus, minus = careful_product(p, seen, v, acc, plus, minus, PRECISION)
-            store_output(with_infinities(acc, plus, minus), inverse, output, rounding, o_row,
-                         first, queries, column, VALUE_DIM)  # fmt: skip
+    if any_spread(acc, exists, MASK, CAUSAL):
+        store_careful_output(
+            output, rounding, o_row, q, peak, inverse, first, end, queries, keys, scale, factor,
+            key, k_row, value, v_row, mask, mask_row, mask_column,
+            HEAD_DIM, VALUE_DIM, MASK, CAUSAL, SCALED, PRECISION,
+        )  # fmt: skip
     else:
         store_output(acc, inverse, output, rounding, o_row, first, queries, 0, VALUE_DIM)
 
@@ -380,6 +403,34 @@ def query_gradient_tiles(
                               bias, scale, factor, HIDES, SCALED, MASK, PRECISION)  # fmt: skip
         acc = product(ds, k, acc, PRECISION)
     return acc
+
+
+@triton.jit
+def store_careful_query_gradient(
+    grad_query, d_row, q, g, peak, inverse, delta, first, end, queries, keys, scale, factor, slope,
+    key, k_row, value, v_row, mask, mask_row, mask_column,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries, from the keys before `end`."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    i = first + tl.arange(0, BLOCK_M)
+    for column in range(0, HEAD_DIM, SLICE):
+        acc = tl.full([BLOCK_M, SLICE], 0.0, scale.dtype)
+        plus = tl.full([BLOCK_M, SLICE], 0.0, scale.dtype)
+        minus = tl.full([BLOCK_M, SLICE], 0.0, scale.dtype)
+        for start in tl.range(0, end, SLICE, num_stages=1):
+            j = start + tl.arange(0, SLICE)
+            k = load_rows(key, k_row, start, keys, 0, SLICE, HEAD_DIM, q.shape[1], True)
+            v = load_rows(value, v_row, start, keys, 0, SLICE, VALUE_DIM, g.shape[1], True)
+            some = load_rows(key, k_row, start, keys, column, SLICE, HEAD_DIM, SLICE, True)
+            seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row,
+                                 mask_column, scale.dtype, True, MASK, CAUSAL)  # fmt: skip
+            _, ds = gradient_tile(q, k, g, v, peak[:, None], inverse[:, None], delta[:, None], seen,
+                                  bias, scale, factor, True, SCALED, MASK, PRECISION)  # fmt: skip
+            acc, plus, minus = careful_product(ds, seen, some, acc, plus, minus, PRECISION)
+        total = with_nan(acc, plus, minus) * slope
+        store_rows(grad_query, total, d_row, first, queries, column, HEAD_DIM)
 
 
 @triton.jit
@@ -451,28 +502,12 @@ def query_gradient_kernel(
 
     d_row = heads * HEAD_DIM
     grad_query += batch.to(tl.int64) * queries * d_row + head * HEAD_DIM
-    spread = False
-    if CAUSAL or MASK != NO_MASK:
-        spread = any_not_finite(acc, exists)
-    if spread:
-        for column in range(0, HEAD_DIM, SLICE):
-            acc = tl.full([BLOCK_M, SLICE], 0.0, dtype)
-            plus = tl.full([BLOCK_M, SLICE], 0.0, dtype)
-            minus = tl.full([BLOCK_M, SLICE], 0.0, dtype)
-            for start in tl.range(0, end, SLICE, num_stages=1):
-                j = start + tl.arange(0, SLICE)
-                k = load_rows(key, k_row, start, keys, 0, SLICE, HEAD_DIM, BLOCK_D, True)
-                v = load_rows(value, v_row, start, keys, 0, SLICE, VALUE_DIM, BLOCK_DV, True)
-                seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row,
-                                     mask_column, dtype, True, MASK, CAUSAL)  # fmt: skip
-                _, ds = gradient_tile(
-                    q, k, g, v, peak[:, None], inverse[:, None], delta[:, None], seen, bias, scale,
-                    factor, True, SCALED, MASK, PRECISION,
-                )  # fmt: skip
-                some = load_rows(key, k_row, start, keys, column, SLICE, HEAD_DIM, SLICE, True)
-                acc, plus, minus = careful_product(ds, seen, some, acc, plus, minus, PRECISION)
-            store_rows(grad_query, with_nan(acc, plus, minus) * slope, d_row, first, queries,
-                       column, HEAD_DIM)  # fmt: skip
+    if any_spread(acc, exists, MASK, CAUSAL):
+        store_careful_query_gradient(
+            grad_query, d_row, q, g, peak, inverse, delta, first, end, queries, keys, scale, factor,
+            slope, key, k_row, value, v_row, mask, mask_row, mask_column,
+            HEAD_DIM, VALUE_DIM, MASK, CAUSAL, SCALED, PRECISION,
+        )  # fmt: skip
     else:
         store_rows(grad_query, acc * slope, d_row, first, queries, 0, HEAD_DIM)
 
@@ -622,12 +657,7 @@ def key_gradient_kernel(
     v_out = kv_heads * VALUE_DIM
     grad_key += batch.to(tl.int64) * keys * k_out + kv_head * HEAD_DIM
     grad_value += batch.to(tl.int64) * keys * v_out + kv_head * VALUE_DIM
-    k_spread = False
-    v_spread = False
-    if CAUSAL or MASK != NO_MASK:
-        k_spread = any_not_finite(grad_k, exists)
-        v_spread = any_not_finite(grad_v, exists)
-    if k_spread:
+    if any_spread(grad_k, exists, MASK, CAUSAL):
         store_careful_key_gradient(
             grad_key, k_out, k, v, first, begin * BLOCK_M, batch, kv_head, group, heads, queries,
             keys, scale, factor, slope, row_max, row_inverse, row_delta,
@@ -637,7 +667,7 @@ def key_gradient_kernel(
         )  # fmt: skip
     else:
         store_rows(grad_key, grad_k * slope, k_out, first, keys, 0, HEAD_DIM)
-    if v_spread:
+    if any_spread(grad_v, exists, MASK, CAUSAL):
         store_careful_key_gradient(
             grad_value, v_out, k, v, first, begin * BLOCK_M, batch, kv_head, group, heads, queries,
             keys, scale, factor, slope, row_max, row_inverse, row_delta,
@@ -993,3 +1023,103 @@ def backward(
             call, grad_output, saved[2], tuple(gradients), statistics, config, chip
         ).run()
     return grad_query, *gradients
+
+
+# ---- ahead of time ----
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+}
+
+
+def _compilation(
+    name: str, launch: _Launch, instructions: dict[str, str], work: str
+) -> Compilation:
+    """Of a launch on tensors without memory."""
+    signature, constants, divisible = {}, {}, []
+    for parameter in launch.kernel.params:
+        x = launch.arguments[parameter.name]
+        kind = "constexpr"
+        if isinstance(x, TensorDescriptor):
+            kind = f"tensordesc<{_TYPES[x.base.dtype][1:]}{x.block_shape}>"
+        elif isinstance(x, Tensor):
+            kind = _TYPES[x.dtype]
+            divisible.append(parameter.name)
+        elif parameter.annotation_type:
+            kind = parameter.annotation_type
+        elif not parameter.is_constexpr and x is not None and x != 1:
+            kind = "i32"
+            if x % 16 == 0:
+                divisible.append(parameter.name)
+        if kind == "constexpr":
+            constants[parameter.name] = x
+        signature[parameter.name] = kind
+    config = launch.config
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return Compilation(
+        name, launch.kernel, signature, constants, tuple(divisible), options, instructions, work
+    )
+
+
+KERNELS = ("forward", "query gradient", "key gradient")
+WORK = {
+    "forward": "2 (D + Dv) FLOP for each pair of query and key",
+    "query gradient": "4 D + 2 Dv FLOP for each pair of query and key",
+    "key gradient": "4 D + 4 Dv FLOP for each pair of query and key",
+}
+VARIANTS = {
+    "full": (None, False),
+    "causal": (None, True),
+    "causal, bool mask": (torch.bool, True),
+    "additive mask": (torch.float32, False),
+}
+
+
+def compilation(
+    kernel: str, dtype: torch.dtype, head_dim: int, variant: str, config: Config, chip: Chip
+) -> Compilation:
+    """One of KERNELS in one of VARIANTS."""
+    B, H, N = 2, 16, 1000
+    mask_dtype, is_causal = VARIANTS[variant]
+
+    def new(columns: int) -> Tensor:
+        return torch.empty(B, N, H, columns, dtype=dtype, device="meta").transpose(1, 2)
+
+    mask = mask_dtype and torch.empty(B, 1, N, N, dtype=mask_dtype, device="meta")
+    call = _checked(new(head_dim), new(head_dim), new(head_dim), mask, is_causal, head_dim**-0.5)
+    saved = new_outputs(*call[:3])
+    statistics = saved[2].new_empty(2, B, H, N)
+    grad_output = new(head_dim)
+    gradients = new_gradients(grad_output, *call[:3])
+    if kernel == "forward":
+        launch = _forward_launch(call, saved, config, chip)
+    elif kernel == "query gradient":
+        launch = _query_gradient_launch(
+            call, grad_output, saved, gradients[0], statistics, config, chip
+        )
+    else:
+        launch = _key_gradient_launch(
+            call, grad_output, saved[2], gradients[1:], statistics, config, chip
+        )
+    name = f"attention {kernel} {str(dtype).removeprefix('torch.')} d{head_dim} {variant}"
+    instructions = _matrix_instructions(chip) if dtype.itemsize == 2 else {}
+    return _compilation(name, launch, instructions, WORK[kernel])
+
+
+def _matrix_instructions(chip: Chip) -> dict[str, str]:
+    pattern = {
+        "sm_80": r"mma\.sync",
+        "sm_90": r"wgmma\.mma_async",
+        "sm_100": r"tcgen05\.mma|mma\.sync",
+        "gfx942": r"v_mfma_",
+    }[chip.name]
+    return {"matrix instructions": pattern}
+
+
+def compilations(chip: Chip) -> Iterator[Compilation]:
+    """Every stored tile of the chip, of the types in bfloat16's stead float16's, too."""
+    yield from ()
