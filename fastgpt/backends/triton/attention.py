@@ -190,16 +190,17 @@ def visible(
     bias = 0.0
     if HIDES:
         seen = j < keys
-    if HIDES and CAUSAL:
-        seen &= j <= i
     if MASK != NO_MASK:
+        # Without causality, so that the loads of whole vectors stay whole.
         seen &= i < queries
-        at = mask + i.to(tl.int64) * mask_row + j.to(tl.int64) * mask_column
+        at = mask + (i.to(tl.int64) * mask_row + j.to(tl.int64) * mask_column)
         if MASK == BOOL_MASK:
-            seen &= tl.load(at, mask=seen, other=0) != 0
+            seen = tl.load(at, mask=seen, other=0) != 0
         else:
             bias = tl.load(at, mask=seen, other=-INFINITY).to(dtype)
             seen = bias != -INFINITY
+    if HIDES and CAUSAL:
+        seen &= j <= i
     return seen, bias
 
 
@@ -657,25 +658,24 @@ def key_gradient_kernel(
     v_out = kv_heads * VALUE_DIM
     grad_key += batch.to(tl.int64) * keys * k_out + kv_head * HEAD_DIM
     grad_value += batch.to(tl.int64) * keys * v_out + kv_head * VALUE_DIM
-    if any_spread(grad_k, exists, MASK, CAUSAL):
+    # Both together, so that neither sum is kept in registers meanwhile.
+    if any_spread(grad_k, exists, MASK, CAUSAL) | any_spread(grad_v, exists, MASK, CAUSAL):
         store_careful_key_gradient(
-            grad_key, k_out, k, v, first, begin * BLOCK_M, batch, kv_head, group, heads, queries,
-            keys, scale, factor, slope, row_max, row_inverse, row_delta,
+            grad_key, k_out, k, v, first, begin * BLOCK_M, batch, kv_head, group, heads,
+            queries, keys, scale, factor, slope, row_max, row_inverse, row_delta,
             query, q_batch, q_head, q_row, grad_output, g_batch, g_head, g_row,
             mask, mask_batch, mask_head, mask_row, mask_column,
             HEAD_DIM, VALUE_DIM, MASK, CAUSAL, SCALED, PRECISION, False,
         )  # fmt: skip
-    else:
-        store_rows(grad_key, grad_k * slope, k_out, first, keys, 0, HEAD_DIM)
-    if any_spread(grad_v, exists, MASK, CAUSAL):
         store_careful_key_gradient(
-            grad_value, v_out, k, v, first, begin * BLOCK_M, batch, kv_head, group, heads, queries,
-            keys, scale, factor, slope, row_max, row_inverse, row_delta,
+            grad_value, v_out, k, v, first, begin * BLOCK_M, batch, kv_head, group, heads,
+            queries, keys, scale, factor, slope, row_max, row_inverse, row_delta,
             query, q_batch, q_head, q_row, grad_output, g_batch, g_head, g_row,
             mask, mask_batch, mask_head, mask_row, mask_column,
             HEAD_DIM, VALUE_DIM, MASK, CAUSAL, SCALED, PRECISION, True,
         )  # fmt: skip
     else:
+        store_rows(grad_key, grad_k * slope, k_out, first, keys, 0, HEAD_DIM)
         store_rows(grad_value, grad_v, v_out, first, keys, 0, VALUE_DIM)
 
 
@@ -1083,7 +1083,7 @@ def compilation(
     kernel: str, dtype: torch.dtype, head_dim: int, variant: str, config: Config, chip: Chip
 ) -> Compilation:
     """One of KERNELS in one of VARIANTS."""
-    B, H, N = 2, 16, 1000
+    B, H, N = 2, 16, 4096
     mask_dtype, is_causal = VARIANTS[variant]
 
     def new(columns: int) -> Tensor:
