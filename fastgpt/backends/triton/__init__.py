@@ -21,7 +21,7 @@ from fastgpt.ops.attention import AttentionCall
 from fastgpt.ops.cross_entropy import CrossEntropyCall
 
 OLDEST = (3, 6)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 
 def version() -> str | None:
