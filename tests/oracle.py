@@ -32,7 +32,7 @@ def random_logits(n, classes, *, dtype=torch.float32, scale=1.0, seed=0):
 def random_like(x: torch.Tensor, seed: int = 1) -> torch.Tensor:
     """An upstream gradient: normal, of `x`'s shape and type, and no stranger to either sign."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
 
 
 def gradient_of(function, logits, upstream):
