@@ -308,7 +308,7 @@ def test_the_document_does_not_list_its_rows():
     ]
     document = report.document(rows, "3.7.1")
     assert "Triton 3.7.1" in document
-    assert "| attention forward | m 128, n 64, 8 warps | 64 | 1 | 8 | 4 mma |" in document
+    assert "| attention forward | m 128, n 64, 8 warps | 64 | 1 | 8 (50%) | 4 mma |" in document
     assert report.listed(document) == {row[:3] for row in rows}
 
 
