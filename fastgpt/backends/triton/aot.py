@@ -56,28 +56,27 @@ def compile(compilation: Compilation, chip: Chip) -> Resources:
     if mistaken := _mistaken(compilation):
         raise ValueError(f"{compilation.name}: the signature is mistaken in {mistaken}")
 
-    aligned = {name: [["tt.divisibility", 16]] for name in compilation.divisible}
+    specialized = [p.name for p in kernel.params if not p.do_not_specialize]
+    aligned = {n: [["tt.divisibility", 16]] for n in specialized if n in compilation.divisible}
     used = _compile(compilation, chip, aligned)
     if chip.backend == "hip":
         small = {
-            p.name: [*aligned.get(p.name, ()), ["tt.pointer_range", 32]]
-            for p in kernel.params
-            if compilation.signature[p.name].startswith("*") and not p.do_not_specialize
+            name: [*aligned.get(name, ()), ["tt.pointer_range", 32]]
+            for name in specialized
+            if compilation.signature[name].startswith("*")
         }
         used = _worse(used, _compile(compilation, chip, aligned | small))
     return used
 
 
 def _mistaken(compilation: Compilation) -> list[str]:
-    """The arguments that a launch of the kernel would type or specialize differently."""
-    parameters = {p.name: p for p in compilation.kernel.params}
+    """The arguments that the kernel does not have, or has with another type."""
     signature = compilation.signature
-    stated = {name: p.annotation_type for name, p in parameters.items() if p.annotation_type}
+    types = {p.name: p.annotation_type for p in compilation.kernel.params}
     return sorted(
-        (parameters.keys() ^ signature.keys())
-        | {n for n, kind in signature.items() if kind not in ("constexpr", stated.get(n, kind))}
-        | {n for n in compilation.divisible if n not in signature}
-        | {n for n in compilation.divisible if n in parameters and parameters[n].do_not_specialize}
+        (types.keys() ^ signature.keys())
+        | set(compilation.divisible) - types.keys()
+        | {n for n, kind in signature.items() if kind not in ("constexpr", types.get(n) or kind)}
     )
 
 

@@ -650,11 +650,7 @@ def _compilation(
         kernel=kernel,
         signature=signature,
         constants=constants,
-        divisible=tuple(
-            p.name
-            for p in kernel.params
-            if signature[p.name].startswith("*") and not p.do_not_specialize
-        ),
+        divisible=tuple(n for n, kind in signature.items() if kind.startswith("*")),
         options={"num_warps": chosen.num_warps, "debug": True, "sanitize_overflow": False},
         instructions=instructions,
         work="1 read of the logits" if which == "forward" else "1 read and 1 write of the logits",

@@ -133,7 +133,7 @@ def roofline() -> list[Limit]:
 
 Table = list[Sequence[str]]  # the first row is the heading
 
-HEADING = ("kernel", "configuration", "registers", "shared KiB", "blocks", "instructions")
+HEADING = ("kernel", "configuration", "registers", "shared KiB", "occupancy", "instructions")
 
 
 def resources_table(rows: Iterable[Row]) -> Table:
@@ -145,8 +145,10 @@ def resources_table(rows: Iterable[Row]) -> Table:
             table.append((row.kernel, row.configuration, "does not compile", "", "", ""))
             continue
         counts = ", ".join(f"{count} {what}" for what, count in used["instructions"].items())
-        shared = f"{used['shared_memory'] / 1024:.4g}"
-        numbers = (str(used["registers"]), shared, str(used["blocks"]))
+        shared = f"{used['shared_memory'] / 1024:.3g}"
+        share = used["blocks"] * used["threads"] / KNOWN[row.chip].threads
+        occupancy = f"{used['blocks']} ({share:.0%})"
+        numbers = (str(used["registers"]), shared, occupancy)
         table.append((row.kernel, row.configuration, *numbers, counts))
     return table
 
@@ -216,9 +218,9 @@ every stored configuration of every kernel ahead of time, here with Triton {vers
 one spills registers, uses stack, exceeds the chip's shared memory or lacks its instructions. No GPU
 takes part: these are not measurements.
 
-*registers* are 32-bit ones of a thread (on AMD, vector registers with the accumulators), *shared*
-is the memory of a block, *blocks* how many of them a multiprocessor holds at once, *instructions*
-how many of those that matter stand in the code."""
+*registers* are 32-bit ones of a thread (on AMD, vector registers with the accumulators); *shared*
+is the memory of a block; *occupancy* is how many blocks a multiprocessor holds at once, and what
+share of its threads that is; *instructions* is how many of those that matter stand in the code."""
 
 ROOFLINE = """What a path has to move or to compute, and the time that means at an H200's 4.3 TB/s
 and 790 TFLOP/s in bfloat16. Attention's backward takes two passes, so that it needs no atomics:
