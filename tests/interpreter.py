@@ -77,3 +77,13 @@ def _quicken() -> None:
         return launch
 
     interpreter._patch_lang = patch
+
+    # It fills a table of all types before it looks up one.
+    slow, known = interpreter._get_np_dtype, {}
+
+    def np_dtype(dtype: Any) -> Any:
+        if dtype.name not in known:
+            known[dtype.name] = slow(dtype)
+        return known[dtype.name]
+
+    interpreter._get_np_dtype = np_dtype
