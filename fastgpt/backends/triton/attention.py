@@ -515,28 +515,34 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_gradient_tiles(
-    grad_k, grad_v, k, v, begin, end, j, batch, head, queries, keys, scale, factor,
-    row_max, row_inverse, row_delta, query, q_row, query_tiles, grad_output, g_row, grad_tiles,
-    mask, mask_row, mask_column,
+    grad_k, grad_v, k, v, begin, end, j, batch, kv_head, group, heads, queries, keys, scale, factor,
+    row_max, row_inverse, row_delta, query, q_head, q_row, query_tiles,
+    grad_output, g_head, g_row, grad_tiles, mask, mask_head, mask_row, mask_column,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HIDES: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The sums of ds^T q (N, D) and p^T g (N, Dv), with those of the tiles [begin, end) of queries
-    of one head, the last one first: under a causal mask the first queries give a key its largest
-    weights, and what is added to a large sum is rounded at its size.
+    of each head of the group, the last one first: under a causal mask the first queries give a key
+    its largest weights, and what is added to a large sum is rounded at its size.
     """
-    for tile in range(end - begin):
-        start = (end - 1 - tile) * BLOCK_M
-        q = load_tile(query, q_row, query_tiles, batch, head, start, queries, BLOCK_M, HEAD_DIM,
-                      k.shape[1], True)  # fmt: skip
-        g = load_tile(grad_output, g_row, grad_tiles, batch, head, start, queries, BLOCK_M,
-                      VALUE_DIM, v.shape[1], True)  # fmt: skip
+    for step in range(group * (end - begin)):
+        head = kv_head * group + step // (end - begin)
+        start = (end - 1 - step % (end - begin)) * BLOCK_M
+        q = load_tile(query + head.to(tl.int64) * q_head, q_row, query_tiles, batch, head, start,
+                      queries, BLOCK_M, HEAD_DIM, k.shape[1], True)  # fmt: skip
+        g = load_tile(grad_output + head.to(tl.int64) * g_head, g_row, grad_tiles, batch, head,
+                      start, queries, BLOCK_M, VALUE_DIM, v.shape[1], True)  # fmt: skip
         i = start + tl.arange(0, BLOCK_M)
         # 1 / l is 0 for queries that do not exist, and so are their weights.
-        peak = tl.load(row_max + i, mask=i < queries, other=0.0)
-        inverse = tl.load(row_inverse + i, mask=i < queries, other=0.0)
-        delta = tl.load(row_delta + i, mask=i < queries, other=0.0)
-        seen, bias = visible(i[None, :], j[:, None], queries, keys, mask, mask_row, mask_column,
+        exists = i < queries
+        rows = (batch.to(tl.int64) * heads + head) * queries + i
+        peak = tl.load(row_max + rows, mask=exists, other=0.0)
+        inverse = tl.load(row_inverse + rows, mask=exists, other=0.0)
+        delta = tl.load(row_delta + rows, mask=exists, other=0.0)
+        b = mask
+        if MASK != NO_MASK:
+            b = mask + head.to(tl.int64) * mask_head
+        seen, bias = visible(i[None, :], j[:, None], queries, keys, b, mask_row, mask_column,
                              grad_k.dtype, HIDES, MASK, CAUSAL)  # fmt: skip
         p, ds = gradient_tile(k, q, v, g, peak[None, :], inverse[None, :], delta[None, :], seen,
                               bias, scale, factor, HIDES, SCALED, MASK, PRECISION)  # fmt: skip
@@ -548,8 +554,8 @@ def key_gradient_tiles(
 @triton.jit
 def store_careful_key_gradient(
     result, result_row, k, v, first, begin, batch, kv_head, group, heads, queries, keys, scale,
-    factor, slope, row_max, row_inverse, row_delta, query, q_batch, q_head, q_row,
-    grad_output, g_batch, g_head, g_row, mask, mask_batch, mask_head, mask_row, mask_column,
+    factor, slope, row_max, row_inverse, row_delta, query, q_head, q_row,
+    grad_output, g_head, g_row, mask, mask_head, mask_row, mask_column,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, OF_VALUE: tl.constexpr,
 ):  # fmt: skip
@@ -563,12 +569,12 @@ def store_careful_key_gradient(
         minus = tl.full([k.shape[0], SLICE], 0.0, dtype)
         for member in range(group):
             head = kv_head * group + member
-            x = query + (batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head)
-            y = grad_output + (batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head)
+            x = query + head.to(tl.int64) * q_head
+            y = grad_output + head.to(tl.int64) * g_head
             rows = (batch.to(tl.int64) * heads + head) * queries
             b = mask
             if MASK != NO_MASK:
-                b = mask + (batch.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head)
+                b = mask + head.to(tl.int64) * mask_head
             for start in tl.range(begin, queries, SLICE, num_stages=1):
                 q = load_rows(x, q_row, start, queries, 0, SLICE, HEAD_DIM, k.shape[1], True)
                 g = load_rows(y, g_row, start, queries, 0, SLICE, VALUE_DIM, v.shape[1], True)
@@ -619,6 +625,10 @@ def key_gradient_kernel(
     kv_head = all_head % kv_heads
     key += batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     value += batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    query += batch.to(tl.int64) * q_batch
+    grad_output += batch.to(tl.int64) * g_batch
+    if MASK != NO_MASK:
+        mask += batch.to(tl.int64) * mask_batch
     j = first + tl.arange(0, BLOCK_N)
     exists = j < keys
     k = load_rows(key, k_row, first, keys, 0, BLOCK_N, HEAD_DIM, BLOCK_D, True)
@@ -631,28 +641,21 @@ def key_gradient_kernel(
     tiles = tl.cdiv(queries, BLOCK_M)
     begin = tl.minimum(first // BLOCK_M, tiles) if CAUSAL else 0
     whole = tl.minimum(tl.cdiv(first + BLOCK_N - 1, BLOCK_M), tiles) if CAUSAL else 0
-    for member in range(group):
-        head = kv_head * group + member
-        q = query + (batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head)
-        g = grad_output + (batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head)
-        rows = (batch.to(tl.int64) * heads + head) * queries
-        b = mask
-        if MASK != NO_MASK:
-            b = mask + (batch.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head)
-        if MASK == NO_MASK:
-            grad_k, grad_v = key_gradient_tiles(
-                grad_k, grad_v, k, v, whole, tiles, j, batch, head, queries, keys, scale, factor,
-                row_max + rows, row_inverse + rows, row_delta + rows, q, q_row, query_tiles, g,
-                g_row, grad_tiles, b, mask_row, mask_column,
-                HEAD_DIM, VALUE_DIM, False, MASK, CAUSAL, SCALED, PRECISION, BLOCK_M,
-            )  # fmt: skip
-        if CAUSAL or MASK != NO_MASK:
-            grad_k, grad_v = key_gradient_tiles(
-                grad_k, grad_v, k, v, begin, tiles if MASK != NO_MASK else whole, j, batch, head,
-                queries, keys, scale, factor, row_max + rows, row_inverse + rows, row_delta + rows,
-                q, q_row, query_tiles, g, g_row, grad_tiles, b, mask_row, mask_column,
-                HEAD_DIM, VALUE_DIM, True, MASK, CAUSAL, SCALED, PRECISION, BLOCK_M,
-            )  # fmt: skip
+    if MASK == NO_MASK:
+        grad_k, grad_v = key_gradient_tiles(
+            grad_k, grad_v, k, v, whole, tiles, j, batch, kv_head, group, heads, queries, keys,
+            scale, factor, row_max, row_inverse, row_delta, query, q_head, q_row, query_tiles,
+            grad_output, g_head, g_row, grad_tiles, mask, mask_head, mask_row, mask_column,
+            HEAD_DIM, VALUE_DIM, False, MASK, CAUSAL, SCALED, PRECISION, BLOCK_M,
+        )  # fmt: skip
+    if CAUSAL or MASK != NO_MASK:
+        grad_k, grad_v = key_gradient_tiles(
+            grad_k, grad_v, k, v, begin, whole if MASK == NO_MASK else tiles, j, batch, kv_head,
+            group, heads, queries, keys, scale, factor, row_max, row_inverse, row_delta,
+            query, q_head, q_row, query_tiles, grad_output, g_head, g_row, grad_tiles,
+            mask, mask_head, mask_row, mask_column,
+            HEAD_DIM, VALUE_DIM, True, MASK, CAUSAL, SCALED, PRECISION, BLOCK_M,
+        )  # fmt: skip
 
     k_out = kv_heads * HEAD_DIM
     v_out = kv_heads * VALUE_DIM
@@ -663,15 +666,15 @@ def key_gradient_kernel(
         store_careful_key_gradient(
             grad_key, k_out, k, v, first, begin * BLOCK_M, batch, kv_head, group, heads,
             queries, keys, scale, factor, slope, row_max, row_inverse, row_delta,
-            query, q_batch, q_head, q_row, grad_output, g_batch, g_head, g_row,
-            mask, mask_batch, mask_head, mask_row, mask_column,
+            query, q_head, q_row, grad_output, g_head, g_row,
+            mask, mask_head, mask_row, mask_column,
             HEAD_DIM, VALUE_DIM, MASK, CAUSAL, SCALED, PRECISION, False,
         )  # fmt: skip
         store_careful_key_gradient(
             grad_value, v_out, k, v, first, begin * BLOCK_M, batch, kv_head, group, heads,
             queries, keys, scale, factor, slope, row_max, row_inverse, row_delta,
-            query, q_batch, q_head, q_row, grad_output, g_batch, g_head, g_row,
-            mask, mask_batch, mask_head, mask_row, mask_column,
+            query, q_head, q_row, grad_output, g_head, g_row,
+            mask, mask_head, mask_row, mask_column,
             HEAD_DIM, VALUE_DIM, MASK, CAUSAL, SCALED, PRECISION, True,
         )  # fmt: skip
     else:
@@ -1113,7 +1116,7 @@ def compilation(
 def _matrix_instructions(chip: Chip) -> dict[str, str]:
     pattern = {
         "sm_80": r"mma\.sync",
-        "sm_90": r"wgmma\.mma_async",
+        "sm_90": r"wgmma\.mma_async|mma\.sync",
         "sm_100": r"tcgen05\.mma|mma\.sync",
         "gfx942": r"v_mfma_",
     }[chip.name]
