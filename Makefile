@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard setup.py csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/cpu/* tests/*.cpp benchmarks/*.cpp)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu gpu-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m fastgpt.gpt.demo
@@ -30,6 +30,13 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# On a machine with a GPU, with the Python, torch and Triton that it has, and without a network.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+gpu-quick:
+	$(PYTHON) -m benchmarks.gpu --quick
 
 # The environment, remade when the build or the dependencies change.
 $(VENV)/installed: pyproject.toml $(SOURCES)

@@ -18,9 +18,10 @@ import torch
 import fastgpt
 from benchmarks import UnavailableError, gates, peers
 from benchmarks.gates import Errors, Function, Inputs
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import cuda_peak_bytes, peak_bytes
 from benchmarks.peers import Provider
 from benchmarks.shapes import Shape
+from benchmarks.timing import CpuRunner, CudaRunner
 
 PASSES = ("forward", "backward", "full")
 
@@ -37,6 +38,8 @@ class Row:
     reason: str = ""  # why it was not measured
     red: bool = False  # ... which is that its gate is red
     seconds: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PASSES})
+    # On a GPU: until the call and its backward return to Python, from an idle GPU.
+    host_seconds: list[float] = field(default_factory=list)
     errors: Errors | None = None
     peak_bytes: int | None = None  # at once, beside the inputs, in one forward and backward
 
@@ -88,20 +91,26 @@ def compare(shape: Shape, budget: float = 15.0, rounds: tuple[int, int] = (5, 30
     rounds.
 
     Raises RedGateError if fastgpt or torch eager fails its gate. Another provider that fails is
-    left out, with the reason in its row.
+    left out, with the reason in its row. Raises UnavailableError if a GPU is too small.
     """
-    providers = peers.PROVIDERS[shape.op]
+    providers = peers.PROVIDERS[shape.op, shape.device]
+    _check_memory(shape, len(providers))
     rows = {p.name: Row(p.name) for p in providers}
     functions = _build(shape, providers, rows)
     inputs = shape.inputs()
     _gate(shape, providers, rows, functions, inputs)
+    destroying = {provider.name for provider in providers if provider.destroys}
+    runners: dict[str, Callable[[], tuple[float, ...]]] = {}
+    peak = peak_bytes if shape.device == "cpu" else cuda_peak_bytes
     for name, function in functions.items():
-        rows[name].peak_bytes = peak_bytes(lambda f=function: inputs.gradients(inputs.value(f)))
-
-    def timed(function: Function) -> Callable[[], tuple[float, float]]:
-        return lambda: _forward_backward(function, inputs)
-
-    runners = {name: timed(function) for name, function in functions.items()}
+        own = inputs.copied() if name in destroying else inputs
+        rows[name].peak_bytes = peak(lambda f=function, x=own: x.gradients(x.value(f)))
+        if shape.device == "cpu":
+            runners[name] = CpuRunner(function, own)
+        elif own is inputs:
+            runners[name] = CudaRunner(function, inputs)
+        else:
+            runners[name] = CudaRunner(function, own, lambda x=own: x.restore(inputs))
     kernel = _kernel(functions[peers.FASTGPT], inputs)
     floor_row = rows[shape.floor_name] = Row(shape.floor_name)
     floor = None
@@ -140,7 +149,12 @@ def _gate(
     inputs: Inputs,
 ) -> None:
     """Record the errors and take the providers whose gate is red out of `functions`."""
-    errors, largest = shape.errors(inputs, functions)
+    destroying = {provider.name for provider in providers if provider.destroys}
+    spared = {
+        name: _on_a_copy(function) if name in destroying else function
+        for name, function in functions.items()
+    }
+    errors, largest = shape.errors(inputs, spared)
     for provider in providers:
         row = rows[provider.name]
         if row.reason:
@@ -161,17 +175,23 @@ def _kernel(function: Function, inputs: Inputs) -> str:
     return f"native, {fastgpt.info().isa}" if backend == "native" else backend
 
 
-def _forward_backward(function: Function, inputs: Inputs) -> tuple[float, float]:
-    start = time.perf_counter()
-    value = inputs.value(function)
-    middle = time.perf_counter()
-    inputs.gradients(value)  # and they are freed at once
-    end = time.perf_counter()
-    return middle - start, end - middle
+def _on_a_copy(function: Function) -> Function:
+    return lambda input, *args, **kwargs: function(input.clone(), *args, **kwargs)
+
+
+def _check_memory(shape: Shape, functions: int) -> None:
+    if shape.device != "cuda":
+        return
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if (needed := shape.bytes_needed(functions)) > free:
+        raise UnavailableError(
+            f"needs {needed / 2**30:.0f} GiB of the GPU's memory, {free / 2**30:.0f} are free"
+        )
 
 
 def _interleave(
-    runners: dict[str, Callable[[], tuple[float, float]]],
+    runners: dict[str, Callable[[], tuple[float, ...]]],
     rows: dict[str, Row],
     budget: float,
     rounds: tuple[int, int],
@@ -189,11 +209,12 @@ def _interleave(
         while done < least or (done < most and time.perf_counter() - start < budget):
             shuffle(order)
             for name in order:
-                forward, backward = runners[name]()
+                forward, backward, *host = runners[name]()
                 for which, seconds in zip(
                     PASSES, (forward, backward, forward + backward), strict=True
                 ):
                     rows[name].seconds[which].append(seconds)
+                rows[name].host_seconds += host
             done += 1
     finally:
         gc.enable()
@@ -209,7 +230,7 @@ def _time(seconds: float) -> str:
 def headline(comparison: Comparison) -> str:
     parts = [
         f"{comparison.shape} ({comparison.shape.name}): fastgpt is {comparison.kernel}",
-        f"{comparison.threads} threads",
+        f"{comparison.threads} threads" if comparison.shape.device == "cpu" else "one GPU",
         f"{comparison.rounds} rounds",
     ]
     if comparison.floor_rates:
@@ -226,15 +247,18 @@ def markdown(comparison: Comparison) -> str:
     the median time means as a rate of the work that can't be avoided, with the share of the floor.
     """
     shape = comparison.shape
+    host = bool(comparison.row(peers.FASTGPT).host_seconds)
     lines = [
         "| | forward | backward | both | forward ÷ fastgpt | backward ÷ fastgpt | "
-        "both ÷ fastgpt | forward rate | backward rate | peak memory ÷ inputs | gradient error |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "both ÷ fastgpt | forward rate | backward rate | peak memory ÷ inputs | gradient error |"
+        + " host |"
+        * host,
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * host,
     ]
     floor = comparison.row(shape.floor_name)
     for row in comparison.rows:
         if not row.measured:
-            lines.append(f"| {row.provider} | {row.reason} |" + " |" * 9)
+            lines.append(f"| {row.provider} | {row.reason} |" + " |" * (9 + host))
             continue
         cells = [row.provider] + [_time(row.median(which)) for which in PASSES]
         for which in PASSES:
@@ -253,5 +277,8 @@ def markdown(comparison: Comparison) -> str:
             cells.append(f"{row.peak_bytes / comparison.input_bytes:.2f}")
             _, *gradient_errors = row.errors.values()
             cells.append(f"{max(gradient_errors):.1e}")
+        if host:
+            times = row.host_seconds
+            cells.append(_time(statistics.median(times)) if times else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ is one number, so that torch's own error in it is a matter of luck. A naive form
 error by its nature; it is held to being right in a few digits on these moderate inputs.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,6 +33,19 @@ class Inputs(NamedTuple):
 
     def gradients(self, value: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(value, self.wanted, self.upstream)
+
+    def copied(self) -> "Inputs":
+        """The same call on leaves of its own; of the calls whose first argument is the leaf."""
+        (leaf,) = self.wanted
+        assert self.arguments[0] is leaf
+        copy = leaf.detach().clone().requires_grad_()
+        return self._replace(arguments=(copy, *self.arguments[1:]), wanted=(copy,))
+
+    def restore(self, original: "Inputs") -> None:
+        """Put the values of the call that this one was copied from back into its leaves."""
+        with torch.no_grad():
+            for mine, source in zip(self.wanted, original.wanted, strict=True):
+                mine.copy_(source)
 
 
 def red(
@@ -64,7 +78,8 @@ def attention_errors(
     inputs: Inputs, functions: dict[str, Function]
 ) -> tuple[dict[str, Errors], Errors]:
     """The errors of each function in the output and each gradient, and the largest reference
-    values they are errors of. The reference is torch's function in float64.
+    values they are errors of. The reference is torch's function in float64, for one key head at a
+    time: on a GPU that function holds L x S scores.
     """
 
     def parts(inputs: Inputs, function: Function) -> dict[str, Tensor]:
@@ -73,16 +88,28 @@ def attention_errors(
         return dict(zip(names, (output.detach(), *inputs.gradients(output)), strict=True))
 
     assert inputs.upstream is not None
-    wide = tuple(x.detach().double().requires_grad_() for x in inputs.arguments)
-    reference = parts(
-        Inputs(wide, inputs.keywords, wide, inputs.upstream.double()),
-        F.scaled_dot_product_attention,
-    )
-    errors = {}
-    for name, function in functions.items():
-        got = parts(inputs, function)
-        errors[name] = {part: _largest(got[part] - reference[part]) for part in reference}
-    return errors, {part: _largest(x) for part, x in reference.items()}
+    got = {name: parts(inputs, function) for name, function in functions.items()}
+    errors: dict[str, Errors] = {name: {} for name in functions}
+    largest: Errors = {}
+    query, key, _ = inputs.arguments
+    H, group = key.shape[1], query.shape[1] // key.shape[1]
+    for b, h in itertools.product(range(key.shape[0]), range(H)):
+
+        def of_head(x: Tensor, b: int = b, h: int = h) -> Tensor:
+            """Of the key head, or of the query heads that it serves."""
+            heads = x.shape[1] // H
+            return x.detach()[b : b + 1, h * heads : (h + 1) * heads]
+
+        wide = tuple(of_head(x).double().requires_grad_() for x in inputs.arguments)
+        keywords = {**inputs.keywords, "enable_gqa": group > 1}
+        upstream = of_head(inputs.upstream).double()
+        reference = parts(Inputs(wide, keywords, wide, upstream), F.scaled_dot_product_attention)
+        for part, truth in reference.items():
+            largest[part] = max(largest.get(part, 0.0), _largest(truth))
+            for name in functions:
+                error = _largest((of_head(got[name][part]) - truth).nan_to_num_(nan=math.inf))
+                errors[name][part] = max(errors[name].get(part, 0.0), error)
+    return errors, largest
 
 
 # ---- cross-entropy ----

@@ -4,32 +4,37 @@ python -m benchmarks.report                      # the quick shapes of every op
 python -m benchmarks.report --long               # and the long ones
 python -m benchmarks.report --op attention       # of one op
 python -m benchmarks.report --shape gpt2-fp32 --budget 60
+python -m benchmarks.report --device cuda        # on a GPU; `make gpu` runs this, too
 """
 
 import argparse
 import datetime
+import importlib.metadata
+import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastgpt
-from benchmarks import peers
+from benchmarks import UnavailableError, peers
 from benchmarks.compare import Comparison, RedGateError, compare, headline, markdown
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, Shape
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the numbers depend on, as far as it can be told."""
     try:
         import triton
@@ -39,6 +44,8 @@ def machine() -> dict[str, Any]:
         triton_version = None
     info = fastgpt.info()
     return {
+        "device": device,
+        **(_gpu() if device == "cuda" else {}),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "isa": info.isa,
@@ -54,6 +61,43 @@ def machine() -> dict[str, Any]:
         "fastgpt": fastgpt.__version__,
         "commit": _commit(),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory": properties.total_memory,
+        "l2_cache": properties.L2_cache_size,
+        "driver": _driver(),
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+        "float32_matmul_precision": torch.backends.cuda.matmul.fp32_precision,
+        "peers": {
+            name: importlib.metadata.version(name)
+            for name in ("liger-kernel", "quack-kernels", "cut-cross-entropy")
+            if _installed(name)
+        },
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return shown.stdout.split("\n")[0].strip()
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _read(path: str) -> str | None:
@@ -102,12 +146,15 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
     """Bars of each peer's time over fastgpt's, forward and backward together, with quartiles."""
     from matplotlib.figure import Figure
 
-    op = comparisons[0].shape.op
-    palette = {peers.COMPILED: "#4c72b0", peers.NAIVE: "#b0b0b0", peers.MATH: "#b0b0b0"}
-    palette[peers.EAGER] = "#c44e52"
-    names = [p.name for p in peers.PROVIDERS[op] if p.name != peers.FASTGPT]
+    op, device = comparisons[0].shape.op, comparisons[0].shape.device
+    names = [p.name for p in peers.PROVIDERS[op, device] if p.name != peers.FASTGPT]
+    others = itertools.cycle(("#dd8452", "#8172b3", "#937860", "#da8bc3", "#64b5cd", "#ccb974"))
+    known = {peers.COMPILED: "#4c72b0", peers.NAIVE: "#b0b0b0", peers.MATH: "#b0b0b0"}
+    known[peers.EAGER] = "#c44e52"
+    palette = {name: known.get(name) or next(others) for name in names}
     step = len(names) + 1
-    figure = Figure(figsize=(8.5, 1.2 + 1.05 * len(comparisons)), layout="constrained")
+    height = max(1.05, 0.35 * len(names)) * len(comparisons)
+    figure = Figure(figsize=(8.5, 1.2 + height), layout="constrained")
     axes = figure.subplots()
     reach = max(
         comparison.ratio(row.provider, "full")[2]
@@ -151,15 +198,20 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
     axes.invert_yaxis()
     axes.set_xlim(0, reach * 1.1)
     axes.set_xlabel("time ÷ fastgpt's time, forward + backward (median, quartiles)")
-    figure.suptitle(
-        f"{_title(op)}: {where['cpu']}, {where['threads']} threads, {where['isa']}, "
-        f"torch {where['torch']}",
-        fontsize=10,
-    )
+    if device == "cpu":
+        on = f"{where['cpu']}, {where['threads']} threads, {where['isa']}"
+    else:
+        on = f"{where['gpu']}, driver {where['driver']}, triton {where['triton']}"
+    figure.suptitle(f"{_title(op)}: {on}, torch {where['torch']}", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     figure.legend(
-        once.values(), once, loc="outside lower center", ncols=len(once), fontsize=8, frameon=False
+        once.values(),
+        once,
+        loc="outside lower center",
+        ncols=min(len(once), 6),
+        fontsize=8,
+        frameon=False,
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -172,35 +224,65 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--device", choices=SHAPES, default="cpu", help="where (cpu)")
     parser.add_argument("--long", action="store_true", help="measure the long shapes too")
-    parser.add_argument(
-        "--shape", action="append", choices=[s.name for s in SHAPES], help="only this one"
-    )
-    parser.add_argument("--op", action="append", choices=peers.PROVIDERS, help="only this one")
+    known = dict.fromkeys(shape.name for of_device in SHAPES.values() for shape in of_device)
+    parser.add_argument("--shape", action="append", choices=known, help="only this one")
+    ops = dict.fromkeys(op for op, _ in peers.PROVIDERS)
+    parser.add_argument("--op", action="append", choices=ops, help="only this one")
     parser.add_argument("--budget", type=float, default=15.0, help="seconds of rounds a shape (15)")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no shape that would end after this"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch sees no GPU here: `python -m benchmarks.gpu_check` says why")
 
-    where = machine()
+    where = machine(arguments.device)
     shapes = [
         shape
-        for shape in SHAPES
+        for shape in SHAPES[arguments.device]
         if (shape.name in arguments.shape if arguments.shape else shape.quick or arguments.long)
         and (not arguments.op or shape.op in arguments.op)
     ]
-    print(f"{where['cpu']}, torch {where['torch']}, commit {where['commit']}")
+    name = where["cpu"] if arguments.device == "cpu" else where["gpu"]
+    print(f"{name}, torch {where['torch']}, commit {where['commit']}")
     if where["load_average"] > 0.5:
         print(f"Other work disturbs this: the load average was {where['load_average']:.1f}.")
+    end = time.monotonic() + arguments.seconds
+    red: list[str] = []
     for op, of_op in itertools.groupby(shapes, key=lambda shape: shape.op):
-        comparisons = []
-        for shape in of_op:
-            try:
-                comparison = compare(shape, budget=arguments.budget)
-            except RedGateError as red:
-                sys.exit(f"{shape}: no report: {red}")
-            comparisons.append(comparison)
-            print(f"\n{headline(comparison)}\n\n{markdown(comparison)}", flush=True)
-        _write(op, comparisons, where, arguments.out)
+        comparisons: list[Comparison] = []
+        try:
+            for comparison in _compare_each(of_op, arguments.budget, end, red):
+                comparisons.append(comparison)
+                print(f"\n{headline(comparison)}\n\n{markdown(comparison)}", flush=True)
+        finally:  # interrupted: what was measured is kept
+            if comparisons:
+                _write(op, comparisons, where, arguments.out)
+    if red:
+        sys.exit("\n".join(red))
+
+
+def _compare_each(
+    shapes: Iterable[Shape], budget: float, end: float, red: list[str]
+) -> Iterator[Comparison]:
+    """A shape without a comparison has its reason printed, and in `red` if a gate is."""
+    longest = 0.0  # that a shape took so far
+    for shape in shapes:
+        start = time.monotonic()
+        if start + 0.8 * longest > end:  # the first one also warmed everything up
+            print(f"\n{shape} ({shape.name}): left out: its time would end after --seconds")
+            continue
+        try:
+            yield compare(shape, budget=budget)
+        except RedGateError as error:
+            red.append(f"{shape}: no report: {error}")
+            print(f"\n{red[-1]}", flush=True)
+        except UnavailableError as unavailable:
+            print(f"\n{shape} ({shape.name}): left out: {unavailable}", flush=True)
+        longest = max(longest, time.monotonic() - start)
 
 
 def _title(op: str) -> str:
@@ -215,11 +297,15 @@ def _write(op: str, comparisons: list[Comparison], where: dict[str, Any], folder
         "machine": where,
         "comparisons": [comparison.as_json() for comparison in comparisons],
     }
-    stem = folder / f"{date:%Y-%m-%d-%H%M%S}-{_title(op)}-cpu"
+    stem = folder / f"{date:%Y-%m-%d-%H%M%S}-{_title(op)}-{where['device']}"
     chart, numbers = stem.with_suffix(".png"), stem.with_suffix(".json")
-    write_atomically(chart, lambda path: draw(comparisons, where, path))
     write_atomically(numbers, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
-    print(f"\n{numbers}\n{chart}")
+    print(f"\n{numbers}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no chart: matplotlib is not installed")
+        return
+    write_atomically(chart, lambda path: draw(comparisons, where, path))
+    print(chart)
 
 
 if __name__ == "__main__":

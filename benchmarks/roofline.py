@@ -11,6 +11,9 @@ of several torch operations is fastest on this machine.
 
 Attention is bound by arithmetic: its floor is the number of floating-point operations over the rate
 of multiply-adds on registers alone (gemm.py).
+
+On a GPU the floors are what torch itself reaches: a copy of a large tensor, whose read is counted
+as half of it, and a large matrix product of attention's type.
 """
 
 import ctypes
@@ -22,6 +25,7 @@ from typing import Protocol
 import torch
 
 from benchmarks.gemm import MicroKernel, kernel_of
+from benchmarks.timing import cuda_seconds
 
 
 class Floor(Protocol):
@@ -105,6 +109,50 @@ class MemoryFloor:
             ctypes.memmove(destination + part[0], source + part[0], part[1])
 
         list(self._pool.map(copy, self._parts))
+
+
+class CudaCopyFloor:
+    """The GPU's copy of `size` bytes, or of a gigabyte and scaled to it if that is less."""
+
+    operations = "Tensor.copy_"
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._source = torch.ones(min(size, 1 << 30), dtype=torch.int8, device="cuda")
+        self._destination = torch.ones_like(self._source)
+
+    def __call__(self) -> tuple[float, float]:
+        copy = cuda_seconds(lambda: self._destination.copy_(self._source))
+        copy *= self._size / self._source.nbytes
+        return copy / 2, copy
+
+    def rates(self, forward: float, backward: float) -> dict[str, float]:
+        return {"copy_bytes_per_second": 2 * self._size / backward}  # read and written together
+
+    def close(self) -> None: ...
+
+
+class CudaMatmulFloor:
+    """The rate of a large matrix product; IEEE float32 unless torch was told otherwise."""
+
+    def __init__(self, work: tuple[float, float], dtype: torch.dtype) -> None:
+        self._work = work
+        n = 8192 if dtype.itemsize == 2 else 4096
+        self._a, self._b = (torch.randn(n, n, dtype=dtype, device="cuda") for _ in range(2))
+        self._out = torch.empty_like(self._a)
+        self._matmul = 2.0 * n**3
+        name = str(dtype).removeprefix("torch.")
+        self.operations = f"a {name} matrix product of size {n}"
+
+    def __call__(self) -> tuple[float, float]:
+        rate = self._matmul / cuda_seconds(lambda: torch.mm(self._a, self._b, out=self._out))
+        forward, backward = self._work
+        return forward / rate, backward / rate
+
+    def rates(self, forward: float, backward: float) -> dict[str, float]:
+        return {"operations_per_second": self._work[0] / forward}
+
+    def close(self) -> None: ...
 
 
 def _seconds(run: Callable[[], object]) -> float:

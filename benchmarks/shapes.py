@@ -16,15 +16,22 @@ from benchmarks.gates import (
     attention_errors,
     cross_entropy_errors,
 )
-from benchmarks.roofline import Floor, FmaFloor, MemoryFloor
+from benchmarks.roofline import CudaCopyFloor, CudaMatmulFloor, Floor, FmaFloor, MemoryFloor
+from benchmarks.timing import cache_bytes
 
 
 class Shape(Protocol):
     """What both ops' shapes have. They are dataclasses: their fields go into the report."""
 
     op: ClassVar[str]
-    floor_name: ClassVar[str]
     unit: ClassVar[str]  # of `work` in a second
+
+    @property
+    def floor_name(self) -> str: ...
+
+    @property
+    def device(self) -> str:
+        """The type, "cpu" or "cuda"."""
 
     @property
     def name(self) -> str: ...
@@ -38,6 +45,9 @@ class Shape(Protocol):
 
     def inputs(self) -> Inputs:
         """The same numbers each time."""
+
+    def bytes_needed(self, functions: int) -> int:
+        """About as much as the gate holds at once, of so many functions."""
 
     def errors(
         self, inputs: Inputs, functions: dict[str, Function]
@@ -65,9 +75,6 @@ class CrossEntropyShape:
     op: ClassVar = "cross_entropy"
     floor_name: ClassVar = "memory floor"
     unit: ClassVar = "B/s"
-    floor_bytes: ClassVar = (
-        64 << 20
-    )  # smaller logits may stay in a cache, and memory is no floor then
 
     name: str
     rows: int
@@ -76,6 +83,7 @@ class CrossEntropyShape:
     why: str
     quick: bool = True  # measured unless asked otherwise
     sequence: int = 0  # if set: logits (B, sequence, classes) seen as (B, C, sequence)
+    device: str = "cpu"
 
     @property
     def logits_bytes(self) -> int:
@@ -83,10 +91,10 @@ class CrossEntropyShape:
 
     def inputs(self) -> Inputs:
         """Normal logits, a leaf (B, T, C) or (N, C), of which the loss is given a view."""
-        generator = torch.Generator().manual_seed(0)
-        leaf = torch.empty(self.rows, self.classes, dtype=self.dtype)
+        generator = torch.Generator(self.device).manual_seed(0)
+        leaf = torch.empty(self.rows, self.classes, dtype=self.dtype, device=self.device)
         leaf.normal_(generator=generator)
-        target = torch.randint(self.classes, (self.rows,), generator=generator)
+        target = torch.randint(self.classes, (self.rows,), generator=generator, device=self.device)
         if self.sequence:
             leaf = leaf.view(-1, self.sequence, self.classes)
             target = target.view(-1, self.sequence)
@@ -98,14 +106,20 @@ class CrossEntropyShape:
     ) -> tuple[dict[str, Errors], Errors]:
         return cross_entropy_errors(inputs, functions)
 
+    def bytes_needed(self, functions: int) -> int:
+        """The logits and a gradient of each function, and the six tensors of the naive form."""
+        return (functions + 7) * self.logits_bytes
+
     def work(self) -> tuple[float, float]:
         """Bytes: the logits are read in the forward, read and written in the backward."""
         return self.logits_bytes, 2 * self.logits_bytes
 
     def floor(self) -> Floor:
-        if self.logits_bytes < self.floor_bytes:
+        cached = 64 << 20 if self.device == "cpu" else 3 * cache_bytes()
+        if self.logits_bytes < cached:
             raise UnavailableError("the logits may stay in a cache")
-        return MemoryFloor(self.logits_bytes)
+        floor = MemoryFloor if self.device == "cpu" else CudaCopyFloor
+        return floor(self.logits_bytes)
 
     def __str__(self) -> str:
         size = f"{self.rows}x{self.classes}"
@@ -145,7 +159,6 @@ class AttentionShape:
     """Self-attention: query (B, Hq, L, D), key and value (B, H, S, D)."""
 
     op: ClassVar = "attention"
-    floor_name: ClassVar = "FMA floor"
     unit: ClassVar = "FLOP/s"
 
     name: str
@@ -160,13 +173,19 @@ class AttentionShape:
     why: str
     quick: bool = True
     fused_qkv: bool = False  # views (B, T, heads, D) -> (B, heads, T, D) of one projection
+    device: str = "cpu"
+
+    @property
+    def floor_name(self) -> str:
+        return "FMA floor" if self.device == "cpu" else "matmul floor"
 
     def inputs(self) -> Inputs:
         """Normal query, key, value and upstream gradient."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
 
         def normal(*size: int) -> torch.Tensor:
-            return torch.empty(size, dtype=self.dtype).normal_(generator=generator)
+            x = torch.empty(size, dtype=self.dtype, device=self.device)
+            return x.normal_(generator=generator)
 
         upstream = normal(self.B, self.Hq, self.L, self.D)
         if self.fused_qkv:
@@ -185,6 +204,12 @@ class AttentionShape:
     ) -> tuple[dict[str, Errors], Errors]:
         return attention_errors(inputs, functions)
 
+    def bytes_needed(self, functions: int) -> int:
+        """The results of each function, and one head's L x S tensors in float64."""
+        tensors = (self.B * self.Hq * self.L + self.B * self.H * self.S) * 2 * self.D
+        scores = self.Hq // self.H * self.L * self.S
+        return functions * tensors * self.dtype.itemsize + 8 * scores * 8
+
     def work(self) -> tuple[float, float]:
         """Floating-point operations of the matmuls on the allowed pairs of query and key: two of
         them in the forward (Q K^T and P V), five in the backward (Q K^T again, dO V^T, and those
@@ -195,7 +220,8 @@ class AttentionShape:
         return 2 * matmul, 5 * matmul
 
     def floor(self) -> Floor:
-        return FmaFloor(self.work(), self.dtype)
+        floor = FmaFloor if self.device == "cpu" else CudaMatmulFloor
+        return floor(self.work(), self.dtype)
 
     def __str__(self) -> str:
         heads = f"{self.Hq}/{self.H}" if self.Hq != self.H else f"{self.Hq}"
@@ -232,4 +258,50 @@ ATTENTION = (
     AttentionShape("attn-512-full-fp32", 2, 12, 12, 512, 512, 64, False, _fp32, "... and without"),
 )
 
-SHAPES: tuple[Shape, ...] = CROSS_ENTROPY + ATTENTION
+# ---- on a GPU ----
+
+
+def _loss_on_gpu(
+    name: str, rows: int, classes: int, dtype: torch.dtype, why: str, **options: bool | int
+) -> CrossEntropyShape:
+    return CrossEntropyShape(name, rows, classes, dtype, why, **options, device="cuda")
+
+
+def _attention_on_gpu(
+    name: str, B: int, Hq: int, H: int, L: int, D: int, dtype: torch.dtype, why: str,
+    *, causal: bool = True, quick: bool = False, fused_qkv: bool = False,
+) -> AttentionShape:  # fmt: skip
+    return AttentionShape(
+        name, B, Hq, H, L, L, D, causal, dtype, why, quick, fused_qkv, device="cuda"
+    )
+
+
+CUDA_CROSS_ENTROPY = (
+    _loss_on_gpu("gpt2-bf16", 2048, 50304, _bf16, "GPT-2's vocabulary, padded"),
+    _loss_on_gpu("llama3-bf16", 16384, 128256, _bf16, "Llama 3's vocabulary, two sequences"),
+    _loss_on_gpu("gpt2-fp32", 2048, 50304, _fp32, "the first one in 32 bits", quick=False),
+    _loss_on_gpu("demo-fp32", 4096, 8192, _fp32, "the README's example", quick=False),
+    _loss_on_gpu("byte-bf16", 65536, 256, _bf16, "byte level: short rows", quick=False),
+    _loss_on_gpu(
+        "view-bf16", 4096, 50304, _bf16, "logits.transpose(1, 2)", quick=False, sequence=1024
+    ),
+    _loss_on_gpu("gpt2-odd-bf16", 2048, 50257, _bf16, "rows off alignment", quick=False),
+)
+
+CUDA_ATTENTION = (
+    _attention_on_gpu("attn-long-bf16", 1, 8, 8, 4096, 128, _bf16, "long, wide heads", quick=True),
+    _attention_on_gpu("attn-bf16", 2, 12, 12, 1024, 64, _bf16, "GPT-2's heads", quick=True),
+    _attention_on_gpu("attn-16k-bf16", 1, 16, 16, 16384, 128, _bf16, "longer"),
+    _attention_on_gpu("attn-8k-bf16", 1, 16, 16, 8192, 64, _bf16, "long, narrow heads"),
+    _attention_on_gpu("attn-gqa-bf16", 1, 32, 8, 4096, 128, _bf16, "four queries to a key"),
+    _attention_on_gpu("attn-full-bf16", 2, 16, 16, 4096, 128, _bf16, "an encoder's", causal=False),
+    _attention_on_gpu(
+        "attn-view-bf16", 8, 12, 12, 1024, 64, _bf16, "as a GPT calls it", fused_qkv=True
+    ),
+    _attention_on_gpu("attn-fp32", 2, 12, 12, 1024, 64, _fp32, "GPT-2's heads in 32 bits"),
+)
+
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "cpu": CROSS_ENTROPY + ATTENTION,
+    "cuda": CUDA_CROSS_ENTROPY + CUDA_ATTENTION,
+}

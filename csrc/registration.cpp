@@ -100,24 +100,40 @@ void check_targets(const Tensor& target, int64_t classes, int64_t ignore_index) 
   }
 }
 
-// The kernels have neither yet; the public function does not send them here.
-void check_plain(const std::optional<Tensor>& weight, double label_smoothing) {
-  STD_TORCH_CHECK(!weight.has_value() && label_smoothing == 0,
-                  "the CPU kernel expects no weight and no label smoothing, got ",
-                  weight.has_value() ? "a weight" : "no weight", " and a label smoothing of ",
-                  label_smoothing);
+void prepare_weight(std::optional<Tensor>& weight, int64_t classes, DType dtype) {
+  if (!weight.has_value()) return;
+  STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes &&
+                      weight->scalar_type() == accumulator_of(dtype),
+                  "expected weight of shape (C,) in the accumulator type");
+  *weight = torch::stable::contiguous(*weight);
+}
+
+template <class A>
+double sum_of(const Tensor& weight) {
+  const A* data = static_cast<const A*>(weight.const_data_ptr());
+  double sum = 0;
+  for (int64_t i = 0; i < weight.size(0); ++i) sum += double(data[i]);
+  return sum;
+}
+
+// The sum of the classes' weights, which only smoothing needs.
+double total_weight(const std::optional<Tensor>& weight, int64_t classes, double smoothing) {
+  if (smoothing == 0) return 0;
+  if (!weight.has_value()) return double(classes);
+  return weight->scalar_type() == ScalarType::Double ? sum_of<double>(*weight)
+                                                     : sum_of<float>(*weight);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logits, Tensor target,
                                                              std::optional<Tensor> weight,
                                                              int64_t ignore_index,
                                                              double label_smoothing) {
-  check_plain(weight, label_smoothing);
   check_rows(logits, target);
   logits = with_unit_stride(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   check_targets(target, classes, ignore_index);
   const DType dtype = dtype_of(logits);
+  prepare_weight(weight, classes, dtype);
   const auto per_row = [&] {
     return torch::stable::new_empty(logits, {rows}, accumulator_of(dtype));
   };
@@ -129,6 +145,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logits, Tens
                                       target.stride(0),
                                       classes,
                                       ignore_index,
+                                      weight.has_value() ? weight->const_data_ptr() : nullptr,
+                                      total_weight(weight, classes, label_smoothing),
+                                      label_smoothing,
                                       loss.mutable_data_ptr(),
                                       row_max.mutable_data_ptr(),
                                       rest.mutable_data_ptr()};
@@ -141,13 +160,13 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logits, Tens
 Tensor cross_entropy_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target,
                                   std::optional<Tensor> weight, Tensor row_max, Tensor rest,
                                   int64_t ignore_index, double label_smoothing) {
-  check_plain(weight, label_smoothing);
   check_rows(logits, target);
   logits = with_unit_stride(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   // Again: whoever calls the operator itself may not have run the forward on this target.
   check_targets(target, classes, ignore_index);
   const DType dtype = dtype_of(logits);
+  prepare_weight(weight, classes, dtype);
   const Tensor* vectors[] = {&grad_loss, &row_max, &rest};
   for (const Tensor* v : vectors) {
     STD_TORCH_CHECK(
@@ -169,6 +188,9 @@ Tensor cross_entropy_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target
       target.stride(0),
       classes,
       ignore_index,
+      weight.has_value() ? weight->const_data_ptr() : nullptr,
+      total_weight(weight, classes, label_smoothing),
+      label_smoothing,
       row_max.const_data_ptr(),
       rest.const_data_ptr(),
       grad_logits.mutable_data_ptr(),

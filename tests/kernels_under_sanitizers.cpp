@@ -72,7 +72,7 @@ double get(DType dtype, const void* data, int64_t i) {
 
 template <class A>
 bool check_cross_entropy(const Kernels& kernels, DType dtype, int64_t rows, int64_t classes,
-                         bool stream) {
+                         bool stream, bool weighted, double smoothing) {
   // Each row in the middle of nothing: exact allocations, so that one element too many is caught.
   std::vector<uint8_t> logits(size_t(rows * classes) * kBytes[dtype]), grad(logits.size());
   std::vector<int64_t> target(static_cast<size_t>(rows));
@@ -83,12 +83,38 @@ bool check_cross_entropy(const Kernels& kernels, DType dtype, int64_t rows, int6
     target[size_t(r)] = r % 5 == 4 ? kIgnore : int64_t(generator() % uint64_t(classes));
     g[size_t(r)] = A(normal(generator));
   }
-  const CrossEntropyForward forward{logits.data(), classes,     target.data(),  1,          classes,
-                                    kIgnore,       loss.data(), row_max.data(), rest.data()};
+  std::vector<A> weight(size_t(weighted ? classes : 0));
+  double weight_sum = weighted ? 0 : double(classes);
+  for (A& w : weight) weight_sum += double(w = A(std::fabs(normal(generator))));
+  const double total_weight = smoothing == 0 ? 0 : weight_sum;
+  const CrossEntropyForward forward{logits.data(),
+                                    classes,
+                                    target.data(),
+                                    1,
+                                    classes,
+                                    kIgnore,
+                                    weighted ? weight.data() : nullptr,
+                                    total_weight,
+                                    smoothing,
+                                    loss.data(),
+                                    row_max.data(),
+                                    rest.data()};
   kernels.cross_entropy_forward[dtype](forward, 0, rows);
-  const CrossEntropyBackward backward{g.data(),       1,           logits.data(), classes,
-                                      target.data(),  1,           classes,       kIgnore,
-                                      row_max.data(), rest.data(), grad.data(),   stream};
+  const CrossEntropyBackward backward{g.data(),
+                                      1,
+                                      logits.data(),
+                                      classes,
+                                      target.data(),
+                                      1,
+                                      classes,
+                                      kIgnore,
+                                      weighted ? weight.data() : nullptr,
+                                      total_weight,
+                                      smoothing,
+                                      row_max.data(),
+                                      rest.data(),
+                                      grad.data(),
+                                      stream};
   kernels.cross_entropy_backward[dtype](backward, 0, rows);
 
   const double tolerance = dtype == kFloat64 ? 1e-13 : dtype == kFloat32 ? 1e-5 : 2e-2;
@@ -97,14 +123,23 @@ bool check_cross_entropy(const Kernels& kernels, DType dtype, int64_t rows, int6
     double total = 0;
     for (int64_t j = 0; j < classes; ++j)
       total += std::exp(get(dtype, logits.data(), r * classes + j));
-    const double expected_loss =
-        t == kIgnore ? 0 : std::log(total) - get(dtype, logits.data(), r * classes + t);
+    // What the row asks of class j.
+    const auto asked = [&](int64_t j) {
+      const double w = weighted ? double(weight[size_t(j)]) : 1;
+      return w * (smoothing / double(classes) + (j == t ? 1 - smoothing : 0));
+    };
+    double expected_loss = 0, amount = 0;
+    for (int64_t j = 0; j < classes && t != kIgnore; ++j) {
+      expected_loss += asked(j) * (std::log(total) - get(dtype, logits.data(), r * classes + j));
+      amount += asked(j);
+    }
     bool good = std::fabs(double(loss[size_t(r)]) - expected_loss) <= 1e-5 * (1 + expected_loss);
     for (int64_t j = 0; j < classes; ++j) {
       const double p = std::exp(get(dtype, logits.data(), r * classes + j)) / total;
-      const double expected = t == kIgnore ? 0 : double(g[size_t(r)]) * (p - (j == t));
+      const double expected = t == kIgnore ? 0 : double(g[size_t(r)]) * (amount * p - asked(j));
       const double got = get(dtype, grad.data(), r * classes + j);
-      good = good && std::fabs(got - expected) <= tolerance * std::fabs(double(g[size_t(r)]));
+      good = good && std::fabs(got - expected) <=
+                         tolerance * std::max(1.0, amount) * std::fabs(double(g[size_t(r)]));
     }
     if (!good) {
       std::printf("%s: dtype %d, %lld classes, row %lld is wrong\n", kernels.isa, int(dtype),
@@ -396,12 +431,12 @@ int main() {
   for (int i = 0; i < isa_count(); ++i) {
     for (int dtype = 0; dtype < kDTypes; ++dtype) {
       for (int64_t classes : sizes) {
-        for (bool stream : {false, true}) {
-          const bool good =
-              dtype == kFloat64
-                  ? check_cross_entropy<double>(isa_at(i), DType(dtype), 7, classes, stream)
-                  : check_cross_entropy<float>(isa_at(i), DType(dtype), 7, classes, stream);
-          if (!good) return 1;
+        for (int options = 0; options < 8; ++options) {
+          const auto check =
+              dtype == kFloat64 ? check_cross_entropy<double> : check_cross_entropy<float>;
+          const bool stream = options & 1, weighted = options & 2;
+          const double smoothing = options & 4 ? 0.3 : 0;
+          if (!check(isa_at(i), DType(dtype), 7, classes, stream, weighted, smoothing)) return 1;
           ++checked;
         }
       }

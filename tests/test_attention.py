@@ -38,7 +38,7 @@ def assert_same(backend, got, want):
     strides or sizes, the same values.
     """
     for name, ours, expected in zip(TENSORS, got, want, strict=True):
-        if backend.name == "native":
+        if backend.name != "eager":
             assert torch.equal(ours, expected), name
         else:
             u = 128 * half_ulp(ours.dtype)
@@ -346,7 +346,7 @@ def test_a_large_additive_mask_overflows(backend, dtype):
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_a_mask_beside_the_causal_one_is_ignored(native_backend, kind):
+def test_a_mask_beside_the_causal_one_is_ignored(kernel, kind):
     """The kernel takes both, and a position must be allowed by both."""
     query, key, value = random_qkv(Hq=4, L=70, S=50)
     allowed = random_mask(2, 1, 70, 50)
@@ -378,24 +378,24 @@ def poisoned(tensor, index, poison):
     return tensor
 
 
-def test_a_hidden_value_whose_products_overflow_reaches_a_gradient(native_backend):
+def test_a_hidden_value_whose_products_overflow_reaches_a_gradient(kernel):
     """Finite, as uninitialised memory may be, and infinite as soon as it is multiplied."""
     inputs = random_qkv(L=70, S=70, dtype=torch.float32)
     allowed = torch.ones(70, 70, dtype=torch.bool)
     allowed[:, 40:] = False
     query, key, value = inputs
     upstream = upstream_for(query, value)
-    want = attention_gradients(native_backend.attention, inputs, upstream, attn_mask=allowed)
+    want = attention_gradients(kernel.attention, inputs, upstream, attn_mask=allowed)
     hidden = query, key, poisoned(value, slice(40, None), 3e38)
-    got = attention_gradients(native_backend.attention, hidden, upstream, attn_mask=allowed)
+    got = attention_gradients(kernel.attention, hidden, upstream, attn_mask=allowed)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_gradient_of_a_single_key_is_not_zero(native_backend, dtype):
+def test_the_gradient_of_a_single_key_is_not_zero(kernel, dtype):
     """Its weight is 1 whatever it is."""
     inputs = random_qkv(L=9, S=1, D=40, Dv=40, dtype=dtype)
-    _, dq, dk, _ = attention_gradients(native_backend.attention, inputs)
+    _, dq, dk, _ = attention_gradients(kernel.attention, inputs)
     assert not dq.any()
     assert not dk.any()
 
@@ -403,7 +403,7 @@ def test_the_gradient_of_a_single_key_is_not_zero(native_backend, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
-def test_what_no_query_may_see_reaches_a_result(native_backend, kind, poison, dtype):
+def test_what_no_query_may_see_reaches_a_result(kernel, kind, poison, dtype):
     """Keys and values in the causal future of all queries, or hidden from each by a mask. (In
     eager, as in torch, their weight of zero is multiplied with them.)
     """
@@ -417,7 +417,7 @@ def test_what_no_query_may_see_reaches_a_result(native_backend, kind, poison, dt
         hidden = [1, 2, 15, 16, 44, 130, 299]
         allowed[:, hidden] = False
         options = {"attn_mask": allowed if kind == "bool" else additive(allowed, dtype)}
-    clean = attention_gradients(native_backend.attention, (query, key, value), **options)
+    clean = attention_gradients(kernel.attention, (query, key, value), **options)
     upstream = upstream_for(query, value)
     for bad_key, bad_value in itertools.product((False, True), repeat=2):
         inputs = (
@@ -425,36 +425,34 @@ def test_what_no_query_may_see_reaches_a_result(native_backend, kind, poison, dt
             poisoned(key, hidden, poison) if bad_key else key,
             poisoned(value, hidden, poison) if bad_value else value,
         )
-        got = attention_gradients(native_backend.attention, inputs, upstream, **options)
-        assert_same(native_backend, got, clean)
+        got = attention_gradients(kernel.attention, inputs, upstream, **options)
+        assert_same(kernel, got, clean)
     for gradient in clean[2:]:
         assert not gradient[:, :, hidden].any()
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_a_query_that_sees_nothing_reaches_a_result(native_backend, kind, poison):
+def test_a_query_that_sees_nothing_reaches_a_result(kernel, kind, poison):
     allowed = random_mask(21, 70)
     empty = [0, 7, 20]
     allowed[empty] = False
     mask = allowed if kind == "bool" else additive(allowed)
     query, key, value = random_qkv(L=21, S=70)
     upstream = upstream_for(query, value)
-    clean = attention_gradients(
-        native_backend.attention, (query, key, value), upstream, attn_mask=mask
-    )
+    clean = attention_gradients(kernel.attention, (query, key, value), upstream, attn_mask=mask)
     got = attention_gradients(
-        native_backend.attention,
+        kernel.attention,
         (poisoned(query, empty, poison), key, value),
         poisoned(upstream, empty, poison),
         attn_mask=mask,
     )
-    assert_same(native_backend, got, clean)
+    assert_same(kernel, got, clean)
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_one_document_of_a_packed_sequence_reaches_another(native_backend, kind, poison):
+def test_one_document_of_a_packed_sequence_reaches_another(kernel, kind, poison):
     """Two documents under a block-diagonal mask: whatever the second holds, in queries, keys,
     values or upstream gradient, the first has the same bits.
     """
@@ -464,11 +462,11 @@ def test_one_document_of_a_packed_sequence_reaches_another(native_backend, kind,
     mask = allowed if kind == "bool" else additive(allowed, torch.float32)
     inputs = random_qkv(L=L, S=L, dtype=torch.float32)
     upstream = upstream_for(inputs[0], inputs[2])
-    clean = attention_gradients(native_backend.attention, inputs, upstream, attn_mask=mask)
+    clean = attention_gradients(kernel.attention, inputs, upstream, attn_mask=mask)
     for which in range(4):
         tensors = [*inputs, upstream]
         tensors[which] = poisoned(tensors[which], [first, 100, L - 1], poison)
-        got = attention_gradients(native_backend.attention, tensors[:3], tensors[3], attn_mask=mask)
+        got = attention_gradients(kernel.attention, tensors[:3], tensors[3], attn_mask=mask)
         for name, ours, want in zip(TENSORS, got, clean, strict=True):
             assert torch.equal(ours[:, :, :first], want[:, :, :first]), name
         assert not all(tensor.isfinite().all() for tensor in got)
@@ -476,14 +474,14 @@ def test_one_document_of_a_packed_sequence_reaches_another(native_backend, kind,
 
 @pytest.mark.parametrize("poison", [NAN, INF])
 @pytest.mark.parametrize("position", [0, 5, 6, 63, 64, 100, 129])
-def test_the_causal_future_reaches_the_past(native_backend, position, poison):
+def test_the_causal_future_reaches_the_past(kernel, position, poison):
     """Key and value j change queries i >= j only; query or upstream row i only itself and the
     gradients of keys j <= i.
     """
     inputs = random_qkv(L=130, S=130, dtype=torch.float32)
     upstream = upstream_for(inputs[0], inputs[2])
     before, after = slice(0, position), slice(position + 1, None)
-    clean = attention_gradients(native_backend.attention, inputs, upstream, is_causal=True)
+    clean = attention_gradients(kernel.attention, inputs, upstream, is_causal=True)
     everywhere = (slice(None),)
     unchanged = {  # output, grad_query, grad_key, grad_value
         "query": ((before, after), (before, after), (after,), (after,)),
@@ -494,7 +492,7 @@ def test_the_causal_future_reaches_the_past(native_backend, position, poison):
     for which, (changed, kept) in enumerate(unchanged.items()):
         tensors = [*inputs, upstream]
         tensors[which] = poisoned(tensors[which], position, poison)
-        got = attention_gradients(native_backend.attention, tensors[:3], tensors[3], is_causal=True)
+        got = attention_gradients(kernel.attention, tensors[:3], tensors[3], is_causal=True)
         for name, ours, want, slices in zip(TENSORS, got, clean, kept, strict=True):
             for rows in slices:
                 torch.testing.assert_close(
@@ -636,7 +634,7 @@ def test_one_tensor_in_three_roles_loses_a_gradient(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_result_cannot_be_viewed_as_positions_by_features(native_backend, dtype):
+def test_the_result_cannot_be_viewed_as_positions_by_features(kernel, dtype):
     """Output and gradients lie as (B, L, H, D), so that joining the heads copies nothing."""
     inputs = random_qkv(2, 6, 3, 7, 9, 5, 4, dtype=dtype)
     upstream = upstream_for(inputs[0], inputs[2])
@@ -646,11 +644,11 @@ def test_the_result_cannot_be_viewed_as_positions_by_features(native_backend, dt
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 5, 33, 97])
-def test_the_kernel_reads_beyond_its_tensors(native_backend, n, dtype):
+def test_the_kernel_reads_beyond_its_tensors(kernel, n, dtype):
     """Inputs in the middle of NaN, or of large numbers, as slices of larger tensors."""
     clean = random_qkv(2, 2, 2, n, n + 4, 9, 7, dtype=dtype)
     upstream = upstream_for(clean[0], clean[2])
-    want = attention_gradients(native_backend.attention, clean, upstream, is_causal=True)
+    want = attention_gradients(kernel.attention, clean, upstream, is_causal=True)
     for fill in (NAN, 1e4):
         surrounded = []
         for x in (*clean, upstream):
@@ -658,10 +656,8 @@ def test_the_kernel_reads_beyond_its_tensors(native_backend, n, dtype):
             inside = tuple(slice(17, 17 + m) for m in x.shape)
             larger[inside] = x
             surrounded.append(larger[inside])
-        got = attention_gradients(
-            native_backend.attention, surrounded[:3], surrounded[3], is_causal=True
-        )
-        assert_same(native_backend, got, want)
+        got = attention_gradients(kernel.attention, surrounded[:3], surrounded[3], is_causal=True)
+        assert_same(kernel, got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -693,7 +689,7 @@ def test_a_gradient_shares_memory_with_another_tensor(backend):
 
 
 @pytest.mark.parametrize("options", ["full", "causal", "mask", "grouped"])
-def test_scores_are_allocated(best_native, options):
+def test_scores_are_allocated(best_kernel, options):
     """L x S elements per head would be 32 MiB; inputs, output and gradients are half a MiB each."""
     Hq, length = 2, 2048
     inputs = random_qkv(1, Hq, 1 if options == "grouped" else Hq, length, length, 32, 32,
@@ -707,8 +703,8 @@ def test_scores_are_allocated(best_native, options):
     upstream = upstream_for(inputs[0], inputs[2])
     leaves = [x.requires_grad_() for x in inputs]
     scores = Hq * length * length * 4
-    assert peak_bytes(lambda: best_native.attention(*leaves, **kwargs)) < scores / 4
-    out = best_native.attention(*leaves, **kwargs)
+    assert peak_bytes(lambda: best_kernel.attention(*leaves, **kwargs)) < scores / 4
+    out = best_kernel.attention(*leaves, **kwargs)
     assert peak_bytes(lambda: torch.autograd.grad(out, leaves, upstream)) < scores / 4
 
 
@@ -740,14 +736,14 @@ def test_bits_depend_on_the_number_of_threads(
 
 
 @pytest.mark.slow
-def test_a_result_changes_from_run_to_run(native_backend):
+def test_a_result_changes_from_run_to_run(kernel):
     inputs = random_qkv(2, 4, 2, 500, 500, 64, 64, dtype=torch.bfloat16)
     first, *others = (
-        attention_gradients(native_backend.attention, inputs, is_causal=True, enable_gqa=True)
+        attention_gradients(kernel.attention, inputs, is_causal=True, enable_gqa=True)
         for _ in range(10)
     )
     for again in others:
-        assert_same(native_backend, again, first)
+        assert_same(kernel, again, first)
 
 
 # ---- random calls ----

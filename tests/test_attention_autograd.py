@@ -165,12 +165,12 @@ def test_a_gradient_penalty_over_several_tiles_is_wrong(one_isa, L):
         close(got, want)
 
 
-def test_a_second_derivative_allocates_the_scores(best_native):
+def test_a_second_derivative_allocates_the_scores(best_kernel):
     length = 2048
     inputs = leaves(random_qkv(1, 1, 1, length, length, 16, 16, dtype=torch.float32))
 
     def second():
-        out = best_native.attention(*inputs, is_causal=True)
+        out = best_kernel.attention(*inputs, is_causal=True)
         first = torch.autograd.grad(out.sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(x.pow(2).sum() for x in first), inputs)
 
@@ -214,10 +214,10 @@ def test_a_change_between_forward_and_backward_goes_unnoticed(backend, changed):
 
 
 @pytest.mark.parametrize("changed", ["bool", "additive", "output"])
-def test_a_changed_mask_or_output_goes_unnoticed(native_backend, changed):
+def test_a_changed_mask_or_output_goes_unnoticed(kernel, changed):
     """Eager saves neither, and its gradient stays right."""
     mask = random_mask(5, 7) if changed == "bool" else additive(random_mask(5, 7))
-    out = native_backend.attention(*leaves(random_qkv()), attn_mask=mask)
+    out = kernel.attention(*leaves(random_qkv()), attn_mask=mask)
     with torch.no_grad():
         (out if changed == "output" else mask).zero_()
     with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
@@ -233,14 +233,14 @@ def test_no_grad_or_frozen_inputs_build_a_graph(one_isa):
         close(one_isa.attention(*inputs), torchs(*inputs))
 
 
-def test_the_gradient_of_a_mask_is_lost(best_native):
+def test_the_gradient_of_a_mask_is_lost(best_kernel):
     """The kernel has none: such a call goes to eager."""
     inputs = small()
     mask = random_like(torch.empty(3, 4, dtype=torch.float64))
     explanation = fastgpt.explain(attention, *inputs, attn_mask=mask.clone().requires_grad_())
     assert explanation.backend == "eager"
     assert "gradient" in explanation.decisions[0].reason
-    best_native.attention(*inputs, attn_mask=mask)
+    best_kernel.attention(*inputs, attn_mask=mask)
     upstream = upstream_for(inputs[0], inputs[2])
     got, want = (
         gradient_of(lambda m, f=f: f(*inputs, attn_mask=m), mask, upstream)
@@ -395,7 +395,7 @@ def test_nested_transforms_are_zero_or_wrong(one_isa, transform, is_causal, scal
     assert want.abs().max() > 1e-3
 
 
-def test_two_forward_levels_are_not_sent_to_eager(best_native):
+def test_two_forward_levels_are_not_sent_to_eager(best_kernel):
     """torch loses a custom Function's second tangent, so the rule must see the second level."""
     x = random_qkv(1, 1, 1, 3, 3, 2)[0]
     seen = []
@@ -479,7 +479,7 @@ def raw(request):
     return make
 
 
-def test_opcheck_finds_fault_with_a_raw_operator(best_native, raw):
+def test_opcheck_finds_fault_with_a_raw_operator(best_kernel, raw):
     inputs, *options = raw(torch.float32)
     forward, backward = operators()
     saved = forward(*inputs, *options)
@@ -495,7 +495,7 @@ def test_opcheck_finds_fault_with_a_raw_operator(best_native, raw):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "(B, L, H, D)"])
-def test_a_fake_kernel_promises_another_layout(best_native, raw, layout, dtype):
+def test_a_fake_kernel_promises_another_layout(best_kernel, raw, layout, dtype):
     """Shapes, types and strides, which compiled code relies on."""
     inputs, *options = raw(dtype)
     if layout != "contiguous":
@@ -520,7 +520,7 @@ def test_a_fake_kernel_promises_another_layout(best_native, raw, layout, dtype):
     assert real[2].shape == real[3].shape == (2, 4, 3)
 
 
-def test_a_raw_operators_own_gradient_is_wrong(native_backend, raw):
+def test_a_raw_operators_own_gradient_is_wrong(kernel, raw):
     inputs, mask, is_causal, scale = raw(torch.float64)
     options = (mask, is_causal, scale)
     forward, backward = operators()
@@ -540,7 +540,7 @@ def test_a_raw_operators_own_gradient_is_wrong(native_backend, raw):
     assert torch.autograd.gradcheck(gradients, leaves((upstream, *inputs)))
 
 
-def test_a_raw_operator_accepts_what_its_kernel_cannot_read(best_native):
+def test_a_raw_operator_accepts_what_its_kernel_cannot_read(best_kernel):
     forward, backward = operators()
     query, key, value = random_qkv(2, 4, 2, dtype=torch.float32)
     mask = random_mask(5, 7)[None, None]
@@ -596,7 +596,7 @@ def test_the_compiled_function_is_wrong(one_isa, compiled, call, dtype):
 
 
 @pytest.mark.slow
-def test_inductors_code_is_wrong(best_native):
+def test_inductors_code_is_wrong(best_kernel):
     """A projection before it and a joining of heads after it, as in a model."""
     torch._dynamo.reset()
     x = random_like(torch.empty(2, 9, 3 * 4 * 8))
@@ -614,7 +614,7 @@ def test_inductors_code_is_wrong(best_native):
     torch._dynamo.reset()
 
 
-def test_the_kernel_is_not_in_the_compiled_graph(best_native):
+def test_the_kernel_is_not_in_the_compiled_graph(best_kernel):
     """Forward and backward hold the fused operators, not a decomposition of them."""
     graphs = []
 
@@ -630,7 +630,7 @@ def test_the_kernel_is_not_in_the_compiled_graph(best_native):
     assert "fastgpt.attention_backward" in graphs[1]
 
 
-def test_sequences_of_any_length_recompile_each_time(best_native):
+def test_sequences_of_any_length_recompile_each_time(best_kernel):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(attention, fullgraph=True, backend=counter)
@@ -642,7 +642,7 @@ def test_sequences_of_any_length_recompile_each_time(best_native):
     assert counter.frame_count <= 3
 
 
-def test_a_compiled_jvp_fails_for_sequences_of_any_length(best_native):
+def test_a_compiled_jvp_fails_for_sequences_of_any_length(best_kernel):
     """The compiler wants a tangent with the strides of what it is the tangent of."""
 
     def tangents(function, *inputs):
@@ -657,7 +657,7 @@ def test_a_compiled_jvp_fails_for_sequences_of_any_length(best_native):
 
 
 @pytest.mark.parametrize("transform", ["hessian", "jvp", "jacfwd(jacfwd)", "jvp(grad)"])
-def test_a_compiled_transform_is_zero_or_wrong(best_native, compiled, transform):
+def test_a_compiled_transform_is_zero_or_wrong(best_kernel, compiled, transform):
     x = random_qkv(1, 1, 1, 3, 3, 2)[0]
     transformed = TRANSFORMS[transform]
     got = compiled(lambda x: transformed(of_one(attention, is_causal=True))(x))(x)
@@ -665,7 +665,7 @@ def test_a_compiled_transform_is_zero_or_wrong(best_native, compiled, transform)
     close(got, want, 1e-9)
 
 
-def test_a_compiled_vmap_of_grad_is_zero_or_wrong(best_native, compiled):
+def test_a_compiled_vmap_of_grad_is_zero_or_wrong(best_kernel, compiled):
     inputs = [x.unflatten(0, (3, 2)) for x in random_qkv(6)]
     got = compiled(lambda *x: vmap(grad(squares(attention), (0, 1, 2)))(*x))(*inputs)
     close(got, vmap(grad(squares(torchs), (0, 1, 2)))(*inputs))

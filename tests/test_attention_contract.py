@@ -88,7 +88,7 @@ def test_no_head_dim_or_key_and_value_heads_that_differ_fail(one_isa):
 # ---- which calls the kernel runs ----
 
 
-def test_what_no_kernel_covers_goes_to_eager_unannounced(best_native):
+def test_what_no_kernel_covers_goes_to_eager_unannounced(best_kernel):
     """Each with its reason."""
     query, key, value = inputs = random_qkv(dtype=torch.float32)
     learnt = torch.zeros(5, 7, requires_grad=True)
@@ -125,7 +125,7 @@ def test_empty_tensors_differ_from_torch():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_call_the_kernel_covers_goes_to_eager(native_backend, dtype):
+def test_a_call_the_kernel_covers_goes_to_eager(kernel, dtype):
     """Its whole range, by the assertion in `attention`; the values are tested elsewhere."""
     query, key, value = random_qkv(Hq=4, dtype=dtype)
     mask = random_mask(5, 7)
@@ -138,12 +138,12 @@ def test_a_call_the_kernel_covers_goes_to_eager(native_backend, dtype):
             {"attn_mask": additive(mask, dtype)},
             {"attn_mask": additive(mask, torch.promote_types(dtype, torch.float32))},
         ):
-            native_backend.attention(query, key, value, enable_gqa=True, **options)
+            kernel.attention(query, key, value, enable_gqa=True, **options)
         for head_dim, value_dim in ((1, 512), (512, 1)):
-            native_backend.attention(*random_qkv(D=head_dim, Dv=value_dim, dtype=dtype))
+            kernel.attention(*random_qkv(D=head_dim, Dv=value_dim, dtype=dtype))
         for index in ((0, 0), (0,)):
-            native_backend.attention(*(x[index] for x in random_qkv(dtype=dtype)))
-        native_backend.attention(*(x[None] for x in random_qkv(dtype=dtype)))
+            kernel.attention(*(x[index] for x in random_qkv(dtype=dtype)))
+        kernel.attention(*(x[None] for x in random_qkv(dtype=dtype)))
 
 
 # ---- dropout ----

@@ -28,46 +28,44 @@ import fastgpt
 from fastgpt.backends.eager.cross_entropy import naive_cross_entropy
 from fastgpt.ops.cross_entropy import class_rows
 
-CLASSES = (1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 1023, 2049, 4099, 50257)
+CLASSES = (1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 1023, 1024, 1025, 2049, 4099, 50257)
 NAN, INF = math.nan, math.inf
 
 
-def rows_for(classes: int) -> int:
-    return max(3, 20000 // classes)
+def rows_for(classes: int, backend) -> int:
+    return max(3, min(20000 // classes, 640 if backend.interpreted else 20000))
 
 
 # ---- accuracy ----
 
 
 @functools.cache
-def problems(classes: int, dtype: torch.dtype):
+def problems(n: int, classes: int, dtype: torch.dtype):
     """Logits times 1, 10 and 50, with targets, random upstream gradients, and the exact answer."""
     found = []
     for scale in (1, 10, 50):
         for seed in (0, 1):
-            logits, target = random_logits(
-                rows_for(classes), classes, dtype=dtype, scale=scale, seed=seed
-            )
+            logits, target = random_logits(n, classes, dtype=dtype, scale=scale, seed=seed)
             upstream = random_like(logits[:, 0], seed + 2)
             found.append((logits, target, upstream, exact(logits, target, upstream)))
     return found
 
 
-def pooled_errors(function, classes: int, dtype: torch.dtype) -> Errors:
-    """The largest errors over the problems."""
+def pooled_errors(function, *problem) -> Errors:
+    """The largest errors over the problems (n, classes, dtype)."""
     worst = Errors()
-    for logits, target, upstream, truth in problems(classes, dtype):
+    for logits, target, upstream, truth in problems(*problem):
         loss, gradient = gradient_of(
             lambda x, t=target: function(x, t, reduction="none"), logits, upstream
         )
-        assert loss.dtype == gradient.dtype == dtype
+        assert loss.dtype == gradient.dtype == logits.dtype
         worst = worst.pooled(errors(loss, gradient, target, truth))
     return worst
 
 
 @functools.cache
-def torchs_errors(classes: int, dtype: torch.dtype) -> Errors:
-    return pooled_errors(F.cross_entropy, classes, dtype)
+def torchs_errors(*problem) -> Errors:
+    return pooled_errors(F.cross_entropy, *problem)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,29 +74,32 @@ def _forget_problems():
     problems.cache_clear()
 
 
+@pytest.mark.interpreted(dtype=FULL_DTYPES, classes=CLASSES[:-1])
+@pytest.mark.interpreted(dtype=REDUCED_DTYPES, classes=(2, 17, 65, 1024, 1025, 50257))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_native_error_exceeds_torchs(native_backend, classes, dtype):
+def test_a_kernels_error_exceeds_torchs(kernel, classes, dtype):
     """Beyond torch's own error on the same input, half an ulp: the one more rounding of an output
     that torch happened to round well.
     """
-    ours = pooled_errors(native_backend.cross_entropy, classes, dtype)
-    torchs = torchs_errors(classes, dtype)
+    problem = rows_for(classes, kernel), classes, dtype
+    ours = pooled_errors(kernel.cross_entropy, *problem)
+    torchs = torchs_errors(*problem)
     for kind, error, allowed in zip(Errors._fields, ours, torchs, strict=True):
         assert error <= allowed + half_ulp(dtype), kind
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_eager_error_exceeds_torchs_by_more_than_its_own_roundings(classes, dtype):
+def test_eager_error_exceeds_torchs_by_more_than_its_own_roundings(eager, classes, dtype):
     """Eager's bound: its target gradient is p - 1 by subtraction, as torch's, and autograd of the
     written-out formula rounds at each of its four steps. It must stay within four roundings of the
     accumulator's type more than torch, and one of the output's.
     """
     accumulator = torch.promote_types(dtype, torch.float32)
-    with fastgpt.backend("eager"):
-        ours = pooled_errors(fastgpt.cross_entropy, classes, dtype)
-    torchs = torchs_errors(classes, dtype)
+    problem = rows_for(classes, eager), classes, dtype
+    ours = pooled_errors(eager.cross_entropy, *problem)
+    torchs = torchs_errors(*problem)
     for kind, error, allowed in zip(Errors._fields, ours, torchs, strict=True):
         assert error <= allowed + 4 * half_ulp(accumulator) + half_ulp(dtype), kind
 
@@ -106,10 +107,11 @@ def test_eager_error_exceeds_torchs_by_more_than_its_own_roundings(classes, dtyp
 @pytest.mark.parametrize("dtype", REDUCED_DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("classes", [2, 17, 1023, 4099])
-def test_sixteen_bit_results_are_rounded_more_than_once(native_backend, classes, reduction, dtype):
+def test_sixteen_bit_results_are_rounded_more_than_once(kernel, classes, reduction, dtype):
     """Loss and gradient are formed in float32: one rounding to 16 bits, wherever p lies."""
     for scale in (1, 10, 50):
-        logits, target = random_logits(rows_for(classes), classes, dtype=dtype, scale=scale)
+        n = rows_for(classes, kernel)
+        logits, target = random_logits(n, classes, dtype=dtype, scale=scale)
         target[::5] = -100
         kept = target != -100
         upstream = torch.tensor(1.375, dtype=dtype)
@@ -120,14 +122,14 @@ def test_sixteen_bit_results_are_rounded_more_than_once(native_backend, classes,
         if reduction == "mean":
             rows = rows.double() / kept.sum()
         loss, gradient = gradient_of(
-            lambda x, t=target: native_backend.cross_entropy(x, t, reduction=reduction),
+            lambda x, t=target: kernel.cross_entropy(x, t, reduction=reduction),
             logits,
             upstream,
         )
         truth = exact(logits[kept], target[kept], rows[kept])
         # The difference x - m is rounded to float32, so exp's relative error grows with it.
         slack = 8 * half_ulp(torch.float32) * max(1.0, float(logits.max() - logits.min()) / 8)
-        flushed = native_backend.isa == "avx512_bf16" and dtype == torch.bfloat16
+        flushed = kernel.isa == "avx512_bf16" and dtype == torch.bfloat16
         assert within_half_ulp(gradient[kept], truth.gradient, slack, flushed=flushed)
         assert not gradient[~kept].any()
         if reduction == "none":
@@ -184,7 +186,7 @@ def test_a_row_depends_on_the_rows_beside_it(backend, classes, dtype):
             logits[:n],
             upstream[:n],
         )
-        if backend.name == "native":
+        if backend.name != "eager":
             assert torch.equal(part[0], whole[0][:n])
             assert torch.equal(part[1], whole[1][:n])
         else:  # torch's own softmax and sum may choose another order for another shape
@@ -197,7 +199,7 @@ def test_a_row_depends_on_the_rows_beside_it(backend, classes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("margin", [5, 8, 15, 30])
 @pytest.mark.parametrize("classes", [2, 17, 1023])
-def test_confident_rows_lose_their_loss_or_target_gradient(native_backend, classes, margin, dtype):
+def test_confident_rows_lose_their_loss_or_target_gradient(kernel, classes, margin, dtype):
     """Where p_t -> 1 the loss is log1p(rest) and the target's gradient -sum of the others': to a
     few ulp of itself, where 1 + rest and p - 1 would have lost them.
     """
@@ -208,7 +210,7 @@ def test_confident_rows_lose_their_loss_or_target_gradient(native_backend, class
     logits = logits.to(dtype)
     upstream = random_like(logits[:, 0])
     loss, gradient = gradient_of(
-        lambda x: native_backend.cross_entropy(x, target, reduction="none"), logits, upstream
+        lambda x: kernel.cross_entropy(x, target, reduction="none"), logits, upstream
     )
     truth = exact(logits, target, upstream)
     slack = 1e-6 if dtype != torch.float64 else 1e-14
@@ -224,17 +226,16 @@ def test_confident_rows_lose_their_loss_or_target_gradient(native_backend, class
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("margin", [5, 15, 30])
-def test_confident_rows_in_eager_are_worse_than_torchs(margin, dtype):
+def test_confident_rows_in_eager_are_worse_than_torchs(eager, margin, dtype):
     """Eager's bound at p -> 1 is torch's: an absolute error of a few ulp of 1."""
     logits, target = random_logits(9, 17, dtype=torch.float64, seed=margin)
     rows = torch.arange(9)
     logits[rows, target] = logits.amax(1) + margin
     logits = logits.to(dtype)
     upstream = random_like(logits[:, 0])
-    with fastgpt.backend("eager"):
-        loss, gradient = gradient_of(
-            lambda x: fastgpt.cross_entropy(x, target, reduction="none"), logits, upstream
-        )
+    loss, gradient = gradient_of(
+        lambda x: eager.cross_entropy(x, target, reduction="none"), logits, upstream
+    )
     truth = exact(logits, target, upstream)
     ulp = 2 * half_ulp(torch.promote_types(dtype, torch.float32))
     bound = half_ulp(dtype) * abs(truth.loss) + 2 * ulp
@@ -389,7 +390,7 @@ def test_an_ignored_row_with_an_infinite_upstream_gradient_is_not_zero(backend):
     _, gradient = gradient_of(
         lambda x: backend.cross_entropy(x, target, reduction="none"), logits, upstream
     )
-    if backend.name == "native":
+    if backend.name != "eager":
         assert torch.equal(gradient[1], torch.zeros(9))
     assert gradient[[0, 2]].isfinite().all()
 
@@ -478,7 +479,7 @@ def test_a_strided_view_gives_other_bits_than_its_copy(backend, view, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sequence_logits_through_a_transpose_are_copied_or_wrong(native_backend, dtype):
+def test_sequence_logits_through_a_transpose_are_copied_or_wrong(kernel, dtype):
     """(B, T, C) as (B, C, T): the kernel reads the rows where they lie."""
     flat, target = random_logits(12, 65, dtype=dtype, scale=3)
     logits, target = flat.view(3, 4, 65), target.view(3, 4)
@@ -487,12 +488,12 @@ def test_sequence_logits_through_a_transpose_are_copied_or_wrong(native_backend,
     assert rows.shape == (12, 65)
     upstream = random_like(target.to(dtype))
     got = gradient_of(
-        lambda x: native_backend.cross_entropy(x.transpose(1, 2), target, reduction="none"),
+        lambda x: kernel.cross_entropy(x.transpose(1, 2), target, reduction="none"),
         logits,
         upstream,
     )
     want = gradient_of(
-        lambda x: native_backend.cross_entropy(x, target.flatten(), reduction="none"),
+        lambda x: kernel.cross_entropy(x, target.flatten(), reduction="none"),
         flat,
         upstream.flatten(),
     )
@@ -500,18 +501,17 @@ def test_sequence_logits_through_a_transpose_are_copied_or_wrong(native_backend,
     assert torch.equal(got[1].view(12, 65), want[1])
 
 
-def test_a_second_logits_sized_tensor_is_allocated(native_backend):
+def test_a_second_logits_sized_tensor_is_allocated(kernel):
     """Forward and backward together allocate the gradient, and nothing else of its size."""
-    logits, target = random_logits(64, 4099)
+    logits, target = kernel.placed(random_logits(64, 4099))
     sequence = logits.view(4, 16, 4099).requires_grad_()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        loss = native_backend.cross_entropy(sequence.transpose(1, 2), target.view(4, 16))
-        loss.backward()
-    large = [e for e in recorded.events() if e.name == "[memory]" and e.cpu_memory_usage > 0]
-    if not large:  # torch accounts for them with the operators otherwise
-        large = [e for e in recorded.events() if e.self_cpu_memory_usage >= logits.nbytes]
-    assert len([e for e in large if max(e.cpu_memory_usage, 0) >= logits.nbytes]) <= 1
-    assert sum(e.self_cpu_memory_usage for e in recorded.events()) <= 1.1 * logits.nbytes
+
+    def forward():
+        return fastgpt.cross_entropy(sequence.transpose(1, 2), target.view(4, 16))
+
+    assert kernel.peak_bytes(forward) <= 0.1 * logits.nbytes
+    loss = forward()
+    assert kernel.peak_bytes(lambda: torch.autograd.grad(loss, sequence)) <= 1.1 * logits.nbytes
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5, 3, 4), (0, 5, 3), (2, 1, 3)])
@@ -535,21 +535,23 @@ def test_k_dimensional_logits_give_another_loss_than_torchs(one_isa, shape):
     ],
     ids=["transposed", "every other class", "expanded classes", "expanded", "contiguous (N, C, L)"],
 )
-def test_strides_a_kernel_cannot_read_go_elsewhere_unannounced(logits):
+def test_strides_a_kernel_cannot_read_go_elsewhere_unannounced(best_kernel, logits):
     target = random_logits(5, 33)[1]
     if logits.dim() == 3:
         target = target.unsqueeze(1).expand(5, 2)
-    explanation = fastgpt.explain(fastgpt.cross_entropy, logits, target)
+    explanation = fastgpt.explain(fastgpt.cross_entropy, *best_kernel.placed((logits, target)))
     assert explanation.backend == "eager"
-    assert "native: strides: the classes of a row do not lie together" in str(explanation)
+    reason = "strides: the classes of a row do not lie together"
+    assert f"{best_kernel.name}: {reason}" in str(explanation)
     want = gradient_of(lambda x: F.cross_entropy(x, target), logits, torch.tensor(2.5))
-    got = gradient_of(lambda x: fastgpt.cross_entropy(x, target), logits, torch.tensor(2.5))
+    loss = best_kernel.on_device(fastgpt.cross_entropy)
+    got = gradient_of(lambda x: loss(x, target), logits, torch.tensor(2.5))
     torch.testing.assert_close(got, want)
 
 
-def test_a_single_class_needs_a_stride(native_backend):
+def test_a_single_class_needs_a_stride(kernel):
     logits = random_logits(5, 3)[0][:, ::3]
-    compare_with_torch(native_backend, logits, torch.zeros(5, dtype=torch.int64))
+    compare_with_torch(kernel, logits, torch.zeros(5, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -581,7 +583,8 @@ def test_next_token_slice_of_a_batch_is_wrong_or_copied(backend):
             lambda x: function(x[:, :-1].transpose(1, 2), tokens[:, 1:]), logits, torch.tensor(3.0)
         )
 
-    torch.testing.assert_close(loss(fastgpt.cross_entropy), loss(F.cross_entropy))
+    ours = backend.on_device(fastgpt.cross_entropy)
+    torch.testing.assert_close(loss(ours), loss(F.cross_entropy))
 
     def flattened(function):
         return gradient_of(
@@ -597,6 +600,7 @@ def test_next_token_slice_of_a_batch_is_wrong_or_copied(backend):
 
 
 def test_fresh_memory_is_not_poisoned_in_these_tests(native_backend):
+    """In Python, where Triton's launches allocate, and in C++."""
     assert torch.empty(1000).isnan().all()
     logits, target = random_logits(8, 16)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -607,12 +611,12 @@ def test_fresh_memory_is_not_poisoned_in_these_tests(native_backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", range(1, 70, 3))
-def test_an_output_element_is_left_unwritten(native_backend, classes, dtype):
+def test_an_output_element_is_left_unwritten(kernel, classes, dtype):
     """Fresh memory is NaN here, so what the kernel skips shows."""
     logits, target = random_logits(7, classes, dtype=dtype)
     target[3] = -100
     loss, gradient = gradient_of(
-        lambda x: native_backend.cross_entropy(x, target, reduction="none"),
+        lambda x: kernel.cross_entropy(x, target, reduction="none"),
         logits,
         random_like(logits[:, 0]),
     )
@@ -622,21 +626,24 @@ def test_an_output_element_is_left_unwritten(native_backend, classes, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 15, 31, 33, 65, 2047, 4099])
-def test_the_kernel_reads_beyond_a_row(native_backend, classes, dtype):
+def test_the_kernel_reads_beyond_a_row(kernel, classes, dtype):
     """Logits in the middle of NaN: reading an element more turns the result into NaN; a maximum or
     a sum over the neighbours changes it.
     """
     clean, target = random_logits(3, classes, dtype=dtype)
     upstream = random_like(clean[:, 0])
-    for fill in (NAN, 1e4):
-        surrounded = torch.full((3, classes + 37), fill, dtype=dtype)
-        surrounded[:, 5 : 5 + classes] = clean
-        got, want = (
-            gradient_of(
-                lambda x: native_backend.cross_entropy(x, target, reduction="none"), x, upstream
-            )
-            for x in (surrounded[:, 5 : 5 + classes], clean)
-        )
+
+    def surrounded_by(fill):
+        larger = torch.full((3, classes + 37), fill, dtype=dtype)
+        larger[:, 5 : 5 + classes] = clean
+        return larger[:, 5 : 5 + classes]
+
+    want, *found = (
+        gradient_of(lambda x: kernel.cross_entropy(x, target, reduction="none"), x, upstream)
+        for x in map(surrounded_by, (0.0, NAN, 1e4))
+    )
+    assert want[0].isfinite().all()
+    for got in found:
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1], want[1])
 
@@ -726,28 +733,30 @@ def test_bits_depend_on_the_number_of_threads(native_backend, n, classes, dtype,
 
 def test_a_float32_running_sum_loses_the_loss_of_many_rows(backend):
     """70,000 equal losses: the reduced loss in the accumulator's type, not summed one by one."""
-    logits = torch.zeros(70000, 3)
+    n = 9000 if backend.interpreted else 70000
+    logits = torch.zeros(n, 3)
     logits[:, 0] = 1.7
-    target = torch.zeros(70000, dtype=torch.int64)
-    want = 70000 * math.log1p(2 * math.exp(-float(logits[0, 0])))
+    target = torch.zeros(n, dtype=torch.int64)
+    want = n * math.log1p(2 * math.exp(-float(logits[0, 0])))
     total = backend.cross_entropy(logits, target, reduction="sum")
     assert float(total) == pytest.approx(want, rel=1e-6)
     total = backend.cross_entropy(logits.bfloat16(), target, reduction="sum")
-    want = 70000 * math.log1p(2 * math.exp(-float(logits[0, 0].bfloat16())))
+    want = n * math.log1p(2 * math.exp(-float(logits[0, 0].bfloat16())))
     assert float(total) == pytest.approx(want, rel=1.001 * half_ulp(torch.bfloat16))
 
 
 @pytest.mark.slow
-def test_a_result_changes_from_run_to_run(native_backend):
-    logits, target = random_logits(3000, 1001, dtype=torch.bfloat16)
+def test_a_result_changes_from_run_to_run(kernel):
+    n, runs = (30, 2) if kernel.interpreted else (3000, 10)
+    logits, target = random_logits(n, 1001, dtype=torch.bfloat16)
     upstream = random_like(logits[0, 0])
-    runs = [
-        gradient_of(lambda x: native_backend.cross_entropy(x, target), logits, upstream)
-        for _ in range(10)
-    ]
-    for loss, gradient in runs[1:]:
-        assert torch.equal(loss, runs[0][0])
-        assert torch.equal(gradient, runs[0][1])
+    first, *others = (
+        gradient_of(lambda x: kernel.cross_entropy(x, target), logits, upstream)
+        for _ in range(runs)
+    )
+    for loss, gradient in others:
+        assert torch.equal(loss, first[0])
+        assert torch.equal(gradient, first[1])
 
 
 @pytest.mark.skipif(

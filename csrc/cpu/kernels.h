@@ -18,6 +18,9 @@ struct CrossEntropyForward {
   int64_t target_stride;  // elements
   int64_t classes;
   int64_t ignore_index;
+  const void* weight;   // (classes,) accumulator type, or null
+  double total_weight;  // the sum of the weights, of 1 each without them; 0 without smoothing
+  double smoothing;
   void* loss;     // (N,) accumulator type; 0 for an ignored row
   void* row_max;  // (N,) accumulator type: max_j x_j
   void* rest;     // (N,) accumulator type: sum over j != target of exp(x_j - row_max)
@@ -32,6 +35,9 @@ struct CrossEntropyBackward {
   int64_t target_stride;
   int64_t classes;
   int64_t ignore_index;
+  const void* weight;
+  double total_weight;
+  double smoothing;
   const void* row_max;
   const void* rest;
   void* grad_logits;  // (N, classes) contiguous, of the storage type

@@ -1,0 +1,281 @@
+"""`make gpu` where no GPU is: its refusal, and its stages with commands of other kinds."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_check
+from benchmarks.gpu import Outcome, Stage
+
+ROOT = Path(__file__).parent.parent
+MEMCHECK = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "device")))
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def code(text: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", text)
+
+
+# ---- the check ----
+
+
+@pytest.mark.parametrize("quick", [(), ("--quick",)], ids=["full", "quick"])
+def test_a_machine_without_a_gpu_is_not_told_so(quick):
+    ended = python("-m", "benchmarks.gpu", *quick, CUDA_VISIBLE_DEVICES="")
+    assert ended.returncode != 0
+    assert "no GPU to test on: torch" in ended.stderr
+    assert "summary" not in ended.stdout
+
+
+def test_a_torch_for_cpus_is_blamed_on_the_driver(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "build for the CPU only" in gpu_check.missing()
+
+
+def test_a_missing_driver_is_blamed_on_torch(monkeypatch):
+    def init():
+        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    reason = gpu_check.missing()
+    assert "sees no GPU: Found no NVIDIA driver" in reason
+    assert "nvidia-smi" in reason
+    assert "\n" not in reason
+
+
+def test_a_gpu_that_torch_was_not_built_for_is_accepted(monkeypatch):
+    def ones(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
+    monkeypatch.setattr(torch, "ones", ones)
+    assert re.search(
+        "GPU is there, but .* sm_90, can't run on it: .*no kernel", gpu_check.missing()
+    )
+
+
+# ---- the stages ----
+
+
+def test_a_failed_or_cut_stage_stops_the_later_ones(tmp_path):
+    start = time.monotonic()
+    outcomes = gpu.run(
+        [
+            Stage("slow", 3, (code("import time; time.sleep(100)"),)),
+            Stage("bad", 60, (code("print('why it failed'); raise SystemExit(3)"),)),
+            Stage("absent", 0, (code(""),), left_out="its tool is not there"),
+            Stage("hopeless", 0, (code(""),), unable="pytest is not installed"),
+            Stage("good", 60, (code("print('it ran')"),)),
+        ],
+        tmp_path,
+    )
+    assert time.monotonic() - start < 30
+    states = ["cut", "failed", "left out", "unable", "passed"]
+    assert [outcome.state for outcome in outcomes] == states
+    assert "it ran" in (tmp_path / "good.log").read_text()
+    text = gpu.summary(outcomes)
+    for shown in ("why it failed", "status 3", "its tool is not there", "pytest is not installed"):
+        assert shown in text, shown
+    assert "not good: slow, bad, hopeless" in text
+    assert [outcome.good for outcome in outcomes] == [False, False, True, False, True]
+
+
+def test_a_cut_stage_leaves_processes_or_loses_its_report(tmp_path):
+    """What it started is ended too; what it prints when it is interrupted is kept."""
+    child = tmp_path / "child"
+    text = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+open({str(child)!r}, "w").write(str(child.pid))
+try:
+    time.sleep(100)
+except KeyboardInterrupt:
+    print("what there is")
+    raise SystemExit(1)
+"""
+    (outcome,) = gpu.run([Stage("slow", 4, (code(text),))], tmp_path)
+    assert outcome.state == "cut"
+    assert outcome.seconds < 20
+    assert "what there is" in (tmp_path / "slow.log").read_text()
+    process = Path(f"/proc/{child.read_text()}/stat")
+    time.sleep(0.2)
+    assert not process.exists() or process.read_text().split()[2] == "Z"
+
+
+def test_time_that_a_stage_leaves_is_lost(tmp_path, capsys):
+    gpu.run([Stage("short", 30, (code(""),)), Stage("next", 30, (code(""),))], tmp_path)
+    limits = re.findall(r"at most (\d+) s", capsys.readouterr().out)
+    assert limits[0] == "30"
+    assert int(limits[1]) > 50
+
+
+def test_commands_of_a_stage_run_one_after_another(tmp_path):
+    waiting = code("import time; time.sleep(2)")
+    (outcome,) = gpu.run([Stage("both", 30, (waiting, waiting))], tmp_path)
+    assert outcome.state == "passed"
+    assert outcome.seconds < 3.8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both-1.log", "both-2.log"]
+
+
+def test_a_stage_runs_in_the_users_settings(tmp_path, monkeypatch):
+    for name in gpu.UNSET:
+        monkeypatch.setenv(name, "1")
+    text = f"import os; print([n for n in {gpu.UNSET} if n in os.environ], os.environ['MINE'])"
+    gpu.run([Stage("env", 30, (code(text),), {"MINE": "yes"})], tmp_path)
+    assert "[] yes" in (tmp_path / "env.log").read_text()
+
+
+def test_what_pytest_skipped_or_failed_is_not_in_the_summary(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        """
+import pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2
+def test_absent(): pytest.skip("needs two GPUs")
+"""
+    )
+    command = next(gpu.TestFile(str(tmp_path / "test_some.py")).commands(quick=False))
+    (outcome,) = gpu.run([Stage("tests", 60, (command,))], tmp_path)
+    assert outcome.state == "failed"
+    text = gpu.summary([outcome])
+    assert "1 failed, 1 passed, 1 skipped" in text
+    assert "needs two GPUs" in text
+    assert "test_bad" in text
+
+
+def test_no_stage_that_failed_makes_the_command_fail(monkeypatch, tmp_path, capsys):
+    def fake(state):
+        return lambda stages: [Outcome(Stage("s", 1), state, 0.1)]
+
+    check = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *a, **k: check)
+    for state, status in (("passed", 0), ("left out", 0), ("failed", 1), ("cut", 1), ("unable", 1)):
+        monkeypatch.setattr(gpu, "run", fake(state))
+        assert gpu.main([]) == status, state
+        assert state.upper() in capsys.readouterr().out
+
+
+# ---- what the stages are ----
+
+
+def test_the_budgets_exceed_ten_or_three_minutes():
+    """With some seconds for the check before them."""
+    assert sum(stage.budget for stage in gpu.stages(quick=False)) <= 580
+    assert sum(stage.budget for stage in gpu.stages(quick=True)) <= 170
+
+
+def test_a_missing_package_is_not_mentioned(monkeypatch):
+    monkeypatch.setattr(gpu, "_has", lambda module: False)
+    for name in gpu.OPTIONAL:
+        assert f"{name} is not installed: " in gpu.absent()
+    tests = [stage for stage in gpu.stages(quick=False) if "tests" in stage.name]
+    assert len(tests) == 2
+    assert all(stage.unable == "pytest is not installed" for stage in tests)
+
+    monkeypatch.setattr(gpu, "_has", lambda module: module != "hypothesis")
+    monkeypatch.setattr(gpu, "_imports", lambda path, module: path.name == "test_attention.py")
+    ordinary = gpu.stages(quick=False)[3]
+    assert "tests/test_attention.py left out: hypothesis is not installed" in ordinary.notes
+    run = {argument for command in ordinary.commands for argument in command}
+    assert "tests/test_attention.py" not in run
+    assert "tests/test_cross_entropy.py" in run
+
+
+def test_a_missing_sanitizer_is_a_failure_or_silent(monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
+    (stage,) = (stage for stage in gpu.stages(quick=False) if stage.name == "memory checker")
+    assert stage.left_out == "compute-sanitizer is not on PATH"
+
+
+def test_a_file_of_device_tests_is_run_by_no_stage():
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests/device").glob("test_*.py")}
+    assert {test.path for test in gpu.DEVICE_TESTS} == files
+    assert all((ROOT / test.path).exists() for test in gpu.ORDINARY_TESTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tests", gpu.DEVICE_TESTS + gpu.ORDINARY_TESTS, ids=lambda t: t.path)
+def test_the_quick_run_takes_nothing_of_a_file(tests):
+    for command in tests.commands(quick=True):
+        ended = python(*command[1:], "--collect-only")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert re.search(r"\d+(/\d+)? tests? collected", ended.stdout), ended.stdout
+
+
+# ---- the tests of the device, without one ----
+
+
+def test_device_tests_vanish_silently_or_can_not_be_imported():
+    ended = python("-m", "pytest", "-q", "tests/device", CUDA_VISIBLE_DEVICES="")
+    assert ended.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, ended.stdout
+    (count,) = re.findall(r"(\d+) device tests were left out: torch sees no GPU", ended.stdout)
+    assert f"{count} deselected" in ended.stdout
+    listed = python("-m", "pytest", "-q", "tests/device", "--collect-only", CUDA_VISIBLE_DEVICES="")
+    assert listed.returncode == 0, listed.stdout
+    assert f"{count} tests collected" in listed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "choice"),
+    [
+        ("cross_entropy", "strides or ignored or (smoothing and 130) or (exact and 1025)"),
+        ("attention", "group or hidden or (exact and bfloat16 and 80) or (mask and bool)"),
+    ],
+)
+def test_a_device_test_that_needs_only_its_kernels_fails(file, choice):
+    """In the interpreter, so only its own mistakes and the kernels' arithmetic show."""
+    ended = python(
+        *("-m", "pytest", "-q", f"tests/device/test_device_{file}.py", "-k", choice),
+        FASTGPT_TEST_DEVICE="cpu",
+        TRITON_INTERPRET="1",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert re.search(r"\d+ passed", ended.stdout)
+
+
+def test_the_script_for_the_memory_checker_is_broken():
+    ended = python("-c", "import memcheck; memcheck.main('cpu')", PYTHONPATH=MEMCHECK)
+    assert ended.stdout.strip() == "both ops ran", ended.stderr
+
+
+def test_a_part_of_the_tests_is_in_no_shard(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(5))\ndef test_some(i): pass\n"
+    )
+    found = []
+    for number in (1, 2, 3):
+        shard = ("-p", "benchmarks.shard", "--shard", f"{number}/3", "--rootdir", str(tmp_path))
+        ended = python("-m", "pytest", "-v", *shard, str(tmp_path / "test_some.py"))
+        assert ended.returncode == 0, ended.stdout
+        found += re.findall(r"\[(\d)\] PASSED", ended.stdout)
+    assert sorted(found) == list("01234")
+    shard = ("-p", "benchmarks.shard", "--shard", "6/6", "--rootdir", str(tmp_path))
+    ended = python("-m", "pytest", *shard, str(tmp_path / "test_some.py"))
+    assert ended.returncode == 0, "a part without a test is no failure"
+    ended = python("-m", "pytest", *shard, str(tmp_path / "test_some.py"), "-k", "nothing")
+    assert ended.returncode != 0, "a selection without a test is one"
