@@ -35,7 +35,7 @@ again by `careful_product`, which leaves them out.
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.backends.coverage import DTYPES
-from fastgpt.backends.triton import tiles
+from fastgpt.backends.triton import autotune, tiles
 from fastgpt.backends.triton.aot import Compilation
 from fastgpt.backends.triton.chips import Chip, chip_of
 from fastgpt.backends.triton.tiles import Config
@@ -841,11 +841,30 @@ def _section(heads: int, head_bytes: int) -> int:
     return max(1, min(heads, _CACHE // head_bytes))
 
 
-def _config(kernel: str, call: _Call, chip: Chip) -> Config:
+def _tiled(
+    kernel: str, call: _Call, chip: Chip, launch: Callable[[Config], _Launch]
+) -> Callable[[], None]:
+    """The launch with its tile: the stored one, or with FASTGPT_AUTOTUNE=1 the fastest."""
     if INTERPRETED:
-        return tiles.INTERPRETED[kernel]
-    width = tiles.padded(max(call.query.shape[3], call.value.shape[3]))
-    return tiles.best(kernel, call.query.element_size(), width, chip)
+        return launch(tiles.INTERPRETED[kernel]).run
+    B, Hq, L, D = call.query.shape
+    H, S, Dv = *call.key.shape[1:3], call.value.shape[3]
+    dtype, mask = call.query.dtype, call.attn_mask
+    width = tiles.padded(max(D, Dv))
+    problem = tiles.Problem(kernel, dtype.itemsize, width, mask is not None)
+    if not autotune.enabled():
+        return launch(tiles.best(problem, chip)).run
+    lengths = (triton.next_power_of_2(n) for n in (B * Hq, Hq // H, L, S))
+    kind = "" if mask is None else str(mask.dtype)
+    key = (str(dtype), tiles.padded(D), tiles.padded(Dv), *lengths, kind, call.is_causal)
+    config = autotune.best(
+        f"attention {kernel}",
+        key,
+        chip,
+        tiles.candidates(problem, chip),
+        lambda config: launch(config).run(),
+    )
+    return launch(config).run
 
 
 def _forward_launch(
@@ -973,7 +992,7 @@ def forward(
     chip = chip_of(query.device)
     results = new_outputs(*call[:3])
     with _running(query.device):
-        _forward_launch(call, results, _config("forward", call, chip), chip).run()
+        _tiled("forward", call, chip, lambda c: _forward_launch(call, results, c, chip))()
     return results
 
 
@@ -1016,16 +1035,24 @@ def backward(
         row_sum.contiguous(),
     )
     chip = chip_of(query.device)
-    grad_query, *gradients = new_gradients(grad_output, *call[:3])
-    statistics = row_max.new_empty((2, *heads[:3]))
+    grad_query, grad_key, grad_value = new_gradients(grad_output, *call[:3])
+    statistics = row_max.new_empty((2, *heads[:3]))  # delta and 1 / l
+
+    def query_launch(config: Config) -> _Launch:
+        return _query_gradient_launch(
+            call, grad_output, saved, grad_query, statistics, config, chip
+        )
+
+    def key_launch(config: Config) -> _Launch:
+        gradients = (grad_key, grad_value)
+        return _key_gradient_launch(
+            call, grad_output, saved[2], gradients, statistics, config, chip
+        )
+
     with _running(query.device):
-        config = _config("query gradient", call, chip)
-        _query_gradient_launch(call, grad_output, saved, grad_query, statistics, config, chip).run()
-        config = _config("key gradient", call, chip)
-        _key_gradient_launch(
-            call, grad_output, saved[2], tuple(gradients), statistics, config, chip
-        ).run()
-    return grad_query, *gradients
+        _tiled("query gradient", call, chip, query_launch)()
+        _tiled("key gradient", call, chip, key_launch)()
+    return grad_query, grad_key, grad_value
 
 
 # ---- ahead of time ----
@@ -1068,7 +1095,6 @@ def _compilation(
     )
 
 
-KERNELS = ("forward", "query gradient", "key gradient")
 WORK = {
     "forward": "2 (D + Dv) FLOP for each pair of query and key",
     "query gradient": "4 D + 2 Dv FLOP for each pair of query and key",
@@ -1085,14 +1111,16 @@ VARIANTS = {
 def compilation(
     kernel: str, dtype: torch.dtype, head_dim: int, variant: str, config: Config, chip: Chip
 ) -> Compilation:
-    """One of KERNELS in one of VARIANTS."""
+    """One of `tiles.KERNELS` in one of VARIANTS."""
     B, H, N = 2, 16, 4096
     mask_dtype, is_causal = VARIANTS[variant]
 
     def new(columns: int) -> Tensor:
         return torch.empty(B, N, H, columns, dtype=dtype, device="meta").transpose(1, 2)
 
-    mask = mask_dtype and torch.empty(B, 1, N, N, dtype=mask_dtype, device="meta")
+    mask = None
+    if mask_dtype is not None:
+        mask = torch.empty(B, 1, N, N, dtype=mask_dtype, device="meta")
     call = _checked(new(head_dim), new(head_dim), new(head_dim), mask, is_causal, head_dim**-0.5)
     saved = new_outputs(*call[:3])
     statistics = saved[2].new_empty(2, B, H, N)
@@ -1124,5 +1152,15 @@ def _matrix_instructions(chip: Chip) -> dict[str, str]:
 
 
 def compilations(chip: Chip) -> Iterator[Compilation]:
-    """Every stored tile of the chip, of the types in bfloat16's stead float16's, too."""
-    yield from ()
+    """Every stored tile of the chip; each variant for a head_dim of practice only. The tiles of
+    bfloat16 are float16's, too.
+    """
+    of_size = {x.itemsize: x for x in (torch.bfloat16, torch.float32, torch.float64)}
+    for problem, config in tiles.stored(chip):
+        variants = ["additive mask"] if problem.masked else ["causal"]
+        if problem.itemsize == 2 and problem.width == 128:
+            variants.append("causal, bool mask" if problem.masked else "full")
+        for variant in variants:
+            yield compilation(
+                problem.kernel, of_size[problem.itemsize], problem.width, variant, config, chip
+            )
