@@ -76,6 +76,12 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def outer(a, b, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b^T."""
+    return product(a, b.T, tl.full([a.shape[0], b.shape[0]], 0.0, dtype), PRECISION)
+
+
+@triton.jit
 def careful_product(weights, seen, x, acc, plus, minus, PRECISION: tl.constexpr):
     """acc + weights @ x, of what is finite in x; what is not, where it is seen, is counted: in
     `plus` inf and NaN, in `minus` -inf and NaN.
@@ -183,16 +189,14 @@ def visible(
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Whether query i and key j exist and the query may look at the key; and what an additive mask
-    adds. One of i and j is a column, the other a row. Without a mask every query counts as one that
-    exists: its row of the sums is not stored.
+    adds. One of i and j is a column, the other a row.
     """
     seen = True
     bias = 0.0
     if HIDES:
-        seen = j < keys
+        seen = (i < queries) & (j < keys)
     if MASK != NO_MASK:
         # Without causality, so that the loads of whole vectors stay whole.
-        seen &= i < queries
         at = mask + (i.to(tl.int64) * mask_row + j.to(tl.int64) * mask_column)
         if MASK == BOOL_MASK:
             seen = tl.load(at, mask=seen, other=0) != 0
@@ -206,11 +210,9 @@ def visible(
 
 @triton.jit
 def scores(
-    a, b, seen, bias, scale, HIDES: tl.constexpr, SCALED: tl.constexpr, MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    s, seen, bias, scale, HIDES: tl.constexpr, SCALED: tl.constexpr, MASK: tl.constexpr
 ):  # fmt: skip
-    """The tile s of scores of a (M, D) and b (N, D), -inf where nothing is seen."""
-    s = product(a, b.T, tl.full([a.shape[0], b.shape[0]], 0.0, scale.dtype), PRECISION)
+    """The scores that the products s stand for, -inf where nothing is seen."""
     if SCALED:
         s *= scale
     if MASK == ADDITIVE_MASK:
@@ -236,10 +238,11 @@ def forward_tiles(
     for start in range(begin, end, BLOCK_N):
         k = load_tile(key, k_row, key_tiles, batch, kv_head, start, keys, BLOCK_N, HEAD_DIM,
                       q.shape[1], HIDES)  # fmt: skip
+        s = outer(q, k, acc.dtype, PRECISION)
         j = start + tl.arange(0, BLOCK_N)
         seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row, mask_column,
                              acc.dtype, HIDES, MASK, CAUSAL)  # fmt: skip
-        s = scores(q, k, seen, bias, scale, HIDES, SCALED, MASK, PRECISION)
+        s = scores(s, seen, bias, scale, HIDES, SCALED, MASK)
         above = tl.maximum(peak, tl.max(s, 1))
         level = above
         if MASK != NO_MASK:  # before the first key that is seen
@@ -284,9 +287,10 @@ def store_careful_output(
             j = start + tl.arange(0, SLICE)
             k = load_rows(key, k_row, start, keys, 0, SLICE, HEAD_DIM, q.shape[1], True)
             v = load_rows(value, v_row, start, keys, column, SLICE, VALUE_DIM, SLICE, True)
+            s = outer(q, k, scale.dtype, PRECISION)
             seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row,
                                  mask_column, scale.dtype, True, MASK, CAUSAL)  # fmt: skip
-            s = scores(q, k, seen, bias, scale, True, SCALED, MASK, PRECISION)
+            s = scores(s, seen, bias, scale, True, SCALED, MASK)
             p = tl.exp2((s - peak[:, None]) * factor)
             acc, plus, minus = careful_product(p, seen, v, acc, plus, minus, PRECISION)
         store_output(with_infinities(acc, plus, minus), inverse, output, rounding, o_row, first,
@@ -368,15 +372,14 @@ def forward_kernel(
 
 @triton.jit
 def gradient_tile(
-    a, b, c, d, peak, inverse, delta, seen, bias, scale, factor, HIDES: tl.constexpr,
-    SCALED: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    s, dp, peak, inverse, delta, seen, bias, scale, factor, HIDES: tl.constexpr,
+    SCALED: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """The weights p and ds (M, N) of a tile, from the scores of a (M, D) and b (N, D) and dp, the
-    products of c (M, Dv) and d (N, Dv). The statistics of the queries are a column or a row.
+    """The weights p and ds of a tile, from its products s and dp and the statistics of its queries,
+    a column or a row.
     """
-    s = scores(a, b, seen, bias, scale, False, SCALED, MASK, PRECISION)
+    s = scores(s, seen, bias, scale, False, SCALED, MASK)
     p = tl.exp2((s - peak) * factor) * inverse
-    dp = product(c, d.T, tl.full([c.shape[0], d.shape[0]], 0.0, scale.dtype), PRECISION)
     ds = p * (dp - delta)
     if HIDES:
         p = tl.where(seen, p, 0.0)
@@ -397,11 +400,13 @@ def query_gradient_tiles(
                       q.shape[1], HIDES)  # fmt: skip
         v = load_tile(value, v_row, value_tiles, batch, kv_head, start, keys, BLOCK_N, VALUE_DIM,
                       g.shape[1], HIDES)  # fmt: skip
+        s = outer(q, k, acc.dtype, PRECISION)
+        dp = outer(g, v, acc.dtype, PRECISION)
         j = start + tl.arange(0, BLOCK_N)
         seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row, mask_column,
                              acc.dtype, HIDES, MASK, CAUSAL)  # fmt: skip
-        _, ds = gradient_tile(q, k, g, v, peak[:, None], inverse[:, None], delta[:, None], seen,
-                              bias, scale, factor, HIDES, SCALED, MASK, PRECISION)  # fmt: skip
+        _, ds = gradient_tile(s, dp, peak[:, None], inverse[:, None], delta[:, None], seen, bias,
+                              scale, factor, HIDES, SCALED, MASK)  # fmt: skip
         acc = product(ds, k, acc, PRECISION)
     return acc
 
@@ -425,10 +430,12 @@ def store_careful_query_gradient(
             k = load_rows(key, k_row, start, keys, 0, SLICE, HEAD_DIM, q.shape[1], True)
             v = load_rows(value, v_row, start, keys, 0, SLICE, VALUE_DIM, g.shape[1], True)
             some = load_rows(key, k_row, start, keys, column, SLICE, HEAD_DIM, SLICE, True)
+            s = outer(q, k, scale.dtype, PRECISION)
+            dp = outer(g, v, scale.dtype, PRECISION)
             seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row,
                                  mask_column, scale.dtype, True, MASK, CAUSAL)  # fmt: skip
-            _, ds = gradient_tile(q, k, g, v, peak[:, None], inverse[:, None], delta[:, None], seen,
-                                  bias, scale, factor, True, SCALED, MASK, PRECISION)  # fmt: skip
+            _, ds = gradient_tile(s, dp, peak[:, None], inverse[:, None], delta[:, None], seen,
+                                  bias, scale, factor, True, SCALED, MASK)  # fmt: skip
             acc, plus, minus = careful_product(ds, seen, some, acc, plus, minus, PRECISION)
         total = with_nan(acc, plus, minus) * slope
         store_rows(grad_query, total, d_row, first, queries, column, HEAD_DIM)
@@ -539,13 +546,15 @@ def key_gradient_tiles(
         peak = tl.load(row_max + rows, mask=exists, other=0.0)
         inverse = tl.load(row_inverse + rows, mask=exists, other=0.0)
         delta = tl.load(row_delta + rows, mask=exists, other=0.0)
+        s = outer(k, q, grad_k.dtype, PRECISION)
+        dp = outer(v, g, grad_k.dtype, PRECISION)
         b = mask
         if MASK != NO_MASK:
             b = mask + head.to(tl.int64) * mask_head
         seen, bias = visible(i[None, :], j[:, None], queries, keys, b, mask_row, mask_column,
                              grad_k.dtype, HIDES, MASK, CAUSAL)  # fmt: skip
-        p, ds = gradient_tile(k, q, v, g, peak[None, :], inverse[None, :], delta[None, :], seen,
-                              bias, scale, factor, HIDES, SCALED, MASK, PRECISION)  # fmt: skip
+        p, ds = gradient_tile(s, dp, peak[None, :], inverse[None, :], delta[None, :], seen, bias,
+                              scale, factor, HIDES, SCALED, MASK)  # fmt: skip
         grad_v = product(p, g, grad_v, PRECISION)
         grad_k = product(ds, q, grad_k, PRECISION)
     return grad_k, grad_v
@@ -582,12 +591,12 @@ def store_careful_key_gradient(
                 peak = tl.load(row_max + rows + i, mask=i < queries, other=0.0)
                 inverse = tl.load(row_inverse + rows + i, mask=i < queries, other=0.0)
                 delta = tl.load(row_delta + rows + i, mask=i < queries, other=0.0)
+                s = outer(k, q, dtype, PRECISION)
+                dp = outer(v, g, dtype, PRECISION)
                 seen, bias = visible(i[None, :], j[:, None], queries, keys, b, mask_row,
                                      mask_column, dtype, True, MASK, CAUSAL)  # fmt: skip
-                p, ds = gradient_tile(
-                    k, q, v, g, peak[None, :], inverse[None, :], delta[None, :], seen, bias, scale,
-                    factor, True, SCALED, MASK, PRECISION,
-                )  # fmt: skip
+                p, ds = gradient_tile(s, dp, peak[None, :], inverse[None, :], delta[None, :], seen,
+                                      bias, scale, factor, True, SCALED, MASK)  # fmt: skip
                 if OF_VALUE:
                     some = load_rows(y, g_row, start, queries, column, SLICE, COLUMNS, SLICE, True)
                     acc, plus, minus = careful_product(p, seen, some, acc, plus, minus, PRECISION)
