@@ -35,7 +35,7 @@ again by `careful_product`, which leaves them out.
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.backends.coverage import DTYPES
-from fastgpt.backends.triton import tiles
+from fastgpt.backends.triton import autotune, tiles
 from fastgpt.backends.triton.aot import Compilation
 from fastgpt.backends.triton.chips import Chip, chip_of
 from fastgpt.backends.triton.tiles import Config
@@ -73,6 +73,12 @@ SLICE = tl.constexpr(16)
 def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b, `a` rounded to b's type."""
     return tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def outer(a, b, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b^T."""
+    return product(a, b.T, tl.full([a.shape[0], b.shape[0]], 0.0, dtype), PRECISION)
 
 
 @triton.jit
@@ -183,16 +189,14 @@ def visible(
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Whether query i and key j exist and the query may look at the key; and what an additive mask
-    adds. One of i and j is a column, the other a row. Without a mask every query counts as one that
-    exists: its row of the sums is not stored.
+    adds. One of i and j is a column, the other a row.
     """
     seen = True
     bias = 0.0
     if HIDES:
-        seen = j < keys
+        seen = (i < queries) & (j < keys)
     if MASK != NO_MASK:
         # Without causality, so that the loads of whole vectors stay whole.
-        seen &= i < queries
         at = mask + (i.to(tl.int64) * mask_row + j.to(tl.int64) * mask_column)
         if MASK == BOOL_MASK:
             seen = tl.load(at, mask=seen, other=0) != 0
@@ -206,11 +210,9 @@ def visible(
 
 @triton.jit
 def scores(
-    a, b, seen, bias, scale, HIDES: tl.constexpr, SCALED: tl.constexpr, MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    s, seen, bias, scale, HIDES: tl.constexpr, SCALED: tl.constexpr, MASK: tl.constexpr
 ):  # fmt: skip
-    """The tile s of scores of a (M, D) and b (N, D), -inf where nothing is seen."""
-    s = product(a, b.T, tl.full([a.shape[0], b.shape[0]], 0.0, scale.dtype), PRECISION)
+    """The scores that the products s stand for, -inf where nothing is seen."""
     if SCALED:
         s *= scale
     if MASK == ADDITIVE_MASK:
@@ -236,10 +238,11 @@ def forward_tiles(
     for start in range(begin, end, BLOCK_N):
         k = load_tile(key, k_row, key_tiles, batch, kv_head, start, keys, BLOCK_N, HEAD_DIM,
                       q.shape[1], HIDES)  # fmt: skip
+        s = outer(q, k, acc.dtype, PRECISION)
         j = start + tl.arange(0, BLOCK_N)
         seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row, mask_column,
                              acc.dtype, HIDES, MASK, CAUSAL)  # fmt: skip
-        s = scores(q, k, seen, bias, scale, HIDES, SCALED, MASK, PRECISION)
+        s = scores(s, seen, bias, scale, HIDES, SCALED, MASK)
         above = tl.maximum(peak, tl.max(s, 1))
         level = above
         if MASK != NO_MASK:  # before the first key that is seen
@@ -284,9 +287,10 @@ def store_careful_output(
             j = start + tl.arange(0, SLICE)
             k = load_rows(key, k_row, start, keys, 0, SLICE, HEAD_DIM, q.shape[1], True)
             v = load_rows(value, v_row, start, keys, column, SLICE, VALUE_DIM, SLICE, True)
+            s = outer(q, k, scale.dtype, PRECISION)
             seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row,
                                  mask_column, scale.dtype, True, MASK, CAUSAL)  # fmt: skip
-            s = scores(q, k, seen, bias, scale, True, SCALED, MASK, PRECISION)
+            s = scores(s, seen, bias, scale, True, SCALED, MASK)
             p = tl.exp2((s - peak[:, None]) * factor)
             acc, plus, minus = careful_product(p, seen, v, acc, plus, minus, PRECISION)
         store_output(with_infinities(acc, plus, minus), inverse, output, rounding, o_row, first,
@@ -368,15 +372,14 @@ def forward_kernel(
 
 @triton.jit
 def gradient_tile(
-    a, b, c, d, peak, inverse, delta, seen, bias, scale, factor, HIDES: tl.constexpr,
-    SCALED: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    s, dp, peak, inverse, delta, seen, bias, scale, factor, HIDES: tl.constexpr,
+    SCALED: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """The weights p and ds (M, N) of a tile, from the scores of a (M, D) and b (N, D) and dp, the
-    products of c (M, Dv) and d (N, Dv). The statistics of the queries are a column or a row.
+    """The weights p and ds of a tile, from its products s and dp and the statistics of its queries,
+    a column or a row.
     """
-    s = scores(a, b, seen, bias, scale, False, SCALED, MASK, PRECISION)
+    s = scores(s, seen, bias, scale, False, SCALED, MASK)
     p = tl.exp2((s - peak) * factor) * inverse
-    dp = product(c, d.T, tl.full([c.shape[0], d.shape[0]], 0.0, scale.dtype), PRECISION)
     ds = p * (dp - delta)
     if HIDES:
         p = tl.where(seen, p, 0.0)
@@ -397,11 +400,13 @@ def query_gradient_tiles(
                       q.shape[1], HIDES)  # fmt: skip
         v = load_tile(value, v_row, value_tiles, batch, kv_head, start, keys, BLOCK_N, VALUE_DIM,
                       g.shape[1], HIDES)  # fmt: skip
+        s = outer(q, k, acc.dtype, PRECISION)
+        dp = outer(g, v, acc.dtype, PRECISION)
         j = start + tl.arange(0, BLOCK_N)
         seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row, mask_column,
                              acc.dtype, HIDES, MASK, CAUSAL)  # fmt: skip
-        _, ds = gradient_tile(q, k, g, v, peak[:, None], inverse[:, None], delta[:, None], seen,
-                              bias, scale, factor, HIDES, SCALED, MASK, PRECISION)  # fmt: skip
+        _, ds = gradient_tile(s, dp, peak[:, None], inverse[:, None], delta[:, None], seen, bias,
+                              scale, factor, HIDES, SCALED, MASK)  # fmt: skip
         acc = product(ds, k, acc, PRECISION)
     return acc
 
@@ -425,10 +430,12 @@ def store_careful_query_gradient(
             k = load_rows(key, k_row, start, keys, 0, SLICE, HEAD_DIM, q.shape[1], True)
             v = load_rows(value, v_row, start, keys, 0, SLICE, VALUE_DIM, g.shape[1], True)
             some = load_rows(key, k_row, start, keys, column, SLICE, HEAD_DIM, SLICE, True)
+            s = outer(q, k, scale.dtype, PRECISION)
+            dp = outer(g, v, scale.dtype, PRECISION)
             seen, bias = visible(i[:, None], j[None, :], queries, keys, mask, mask_row,
                                  mask_column, scale.dtype, True, MASK, CAUSAL)  # fmt: skip
-            _, ds = gradient_tile(q, k, g, v, peak[:, None], inverse[:, None], delta[:, None], seen,
-                                  bias, scale, factor, True, SCALED, MASK, PRECISION)  # fmt: skip
+            _, ds = gradient_tile(s, dp, peak[:, None], inverse[:, None], delta[:, None], seen,
+                                  bias, scale, factor, True, SCALED, MASK)  # fmt: skip
             acc, plus, minus = careful_product(ds, seen, some, acc, plus, minus, PRECISION)
         total = with_nan(acc, plus, minus) * slope
         store_rows(grad_query, total, d_row, first, queries, column, HEAD_DIM)
@@ -515,31 +522,39 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_gradient_tiles(
-    grad_k, grad_v, k, v, begin, end, j, batch, head, queries, keys, scale, factor,
-    row_max, row_inverse, row_delta, query, q_row, query_tiles, grad_output, g_row, grad_tiles,
-    mask, mask_row, mask_column,
+    grad_k, grad_v, k, v, begin, end, j, batch, kv_head, group, heads, queries, keys, scale, factor,
+    row_max, row_inverse, row_delta, query, q_head, q_row, query_tiles,
+    grad_output, g_head, g_row, grad_tiles, mask, mask_head, mask_row, mask_column,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HIDES: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The sums of ds^T q (N, D) and p^T g (N, Dv), with those of the tiles [begin, end) of queries
-    of one head, the last one first: under a causal mask the first queries give a key its largest
-    weights, and what is added to a large sum is rounded at its size.
+    of each head of the group, the last one first: under a causal mask the first queries give a key
+    its largest weights, and what is added to a large sum is rounded at its size.
     """
-    for tile in range(end - begin):
-        start = (end - 1 - tile) * BLOCK_M
-        q = load_tile(query, q_row, query_tiles, batch, head, start, queries, BLOCK_M, HEAD_DIM,
-                      k.shape[1], True)  # fmt: skip
-        g = load_tile(grad_output, g_row, grad_tiles, batch, head, start, queries, BLOCK_M,
-                      VALUE_DIM, v.shape[1], True)  # fmt: skip
+    for step in range(group * (end - begin)):
+        head = kv_head * group + step // (end - begin)
+        start = (end - 1 - step % (end - begin)) * BLOCK_M
+        q = load_tile(query + head.to(tl.int64) * q_head, q_row, query_tiles, batch, head, start,
+                      queries, BLOCK_M, HEAD_DIM, k.shape[1], True)  # fmt: skip
+        g = load_tile(grad_output + head.to(tl.int64) * g_head, g_row, grad_tiles, batch, head,
+                      start, queries, BLOCK_M, VALUE_DIM, v.shape[1], True)  # fmt: skip
         i = start + tl.arange(0, BLOCK_M)
         # 1 / l is 0 for queries that do not exist, and so are their weights.
-        peak = tl.load(row_max + i, mask=i < queries, other=0.0)
-        inverse = tl.load(row_inverse + i, mask=i < queries, other=0.0)
-        delta = tl.load(row_delta + i, mask=i < queries, other=0.0)
-        seen, bias = visible(i[None, :], j[:, None], queries, keys, mask, mask_row, mask_column,
+        exists = i < queries
+        rows = (batch.to(tl.int64) * heads + head) * queries + i
+        peak = tl.load(row_max + rows, mask=exists, other=0.0)
+        inverse = tl.load(row_inverse + rows, mask=exists, other=0.0)
+        delta = tl.load(row_delta + rows, mask=exists, other=0.0)
+        s = outer(k, q, grad_k.dtype, PRECISION)
+        dp = outer(v, g, grad_k.dtype, PRECISION)
+        b = mask
+        if MASK != NO_MASK:
+            b = mask + head.to(tl.int64) * mask_head
+        seen, bias = visible(i[None, :], j[:, None], queries, keys, b, mask_row, mask_column,
                              grad_k.dtype, HIDES, MASK, CAUSAL)  # fmt: skip
-        p, ds = gradient_tile(k, q, v, g, peak[None, :], inverse[None, :], delta[None, :], seen,
-                              bias, scale, factor, HIDES, SCALED, MASK, PRECISION)  # fmt: skip
+        p, ds = gradient_tile(s, dp, peak[None, :], inverse[None, :], delta[None, :], seen, bias,
+                              scale, factor, HIDES, SCALED, MASK)  # fmt: skip
         grad_v = product(p, g, grad_v, PRECISION)
         grad_k = product(ds, q, grad_k, PRECISION)
     return grad_k, grad_v
@@ -548,8 +563,8 @@ def key_gradient_tiles(
 @triton.jit
 def store_careful_key_gradient(
     result, result_row, k, v, first, begin, batch, kv_head, group, heads, queries, keys, scale,
-    factor, slope, row_max, row_inverse, row_delta, query, q_batch, q_head, q_row,
-    grad_output, g_batch, g_head, g_row, mask, mask_batch, mask_head, mask_row, mask_column,
+    factor, slope, row_max, row_inverse, row_delta, query, q_head, q_row,
+    grad_output, g_head, g_row, mask, mask_head, mask_row, mask_column,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, OF_VALUE: tl.constexpr,
 ):  # fmt: skip
@@ -563,12 +578,12 @@ def store_careful_key_gradient(
         minus = tl.full([k.shape[0], SLICE], 0.0, dtype)
         for member in range(group):
             head = kv_head * group + member
-            x = query + (batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head)
-            y = grad_output + (batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head)
+            x = query + head.to(tl.int64) * q_head
+            y = grad_output + head.to(tl.int64) * g_head
             rows = (batch.to(tl.int64) * heads + head) * queries
             b = mask
             if MASK != NO_MASK:
-                b = mask + (batch.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head)
+                b = mask + head.to(tl.int64) * mask_head
             for start in tl.range(begin, queries, SLICE, num_stages=1):
                 q = load_rows(x, q_row, start, queries, 0, SLICE, HEAD_DIM, k.shape[1], True)
                 g = load_rows(y, g_row, start, queries, 0, SLICE, VALUE_DIM, v.shape[1], True)
@@ -576,12 +591,12 @@ def store_careful_key_gradient(
                 peak = tl.load(row_max + rows + i, mask=i < queries, other=0.0)
                 inverse = tl.load(row_inverse + rows + i, mask=i < queries, other=0.0)
                 delta = tl.load(row_delta + rows + i, mask=i < queries, other=0.0)
+                s = outer(k, q, dtype, PRECISION)
+                dp = outer(v, g, dtype, PRECISION)
                 seen, bias = visible(i[None, :], j[:, None], queries, keys, b, mask_row,
                                      mask_column, dtype, True, MASK, CAUSAL)  # fmt: skip
-                p, ds = gradient_tile(
-                    k, q, v, g, peak[None, :], inverse[None, :], delta[None, :], seen, bias, scale,
-                    factor, True, SCALED, MASK, PRECISION,
-                )  # fmt: skip
+                p, ds = gradient_tile(s, dp, peak[None, :], inverse[None, :], delta[None, :], seen,
+                                      bias, scale, factor, True, SCALED, MASK)  # fmt: skip
                 if OF_VALUE:
                     some = load_rows(y, g_row, start, queries, column, SLICE, COLUMNS, SLICE, True)
                     acc, plus, minus = careful_product(p, seen, some, acc, plus, minus, PRECISION)
@@ -619,6 +634,10 @@ def key_gradient_kernel(
     kv_head = all_head % kv_heads
     key += batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     value += batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    query += batch.to(tl.int64) * q_batch
+    grad_output += batch.to(tl.int64) * g_batch
+    if MASK != NO_MASK:
+        mask += batch.to(tl.int64) * mask_batch
     j = first + tl.arange(0, BLOCK_N)
     exists = j < keys
     k = load_rows(key, k_row, first, keys, 0, BLOCK_N, HEAD_DIM, BLOCK_D, True)
@@ -631,28 +650,21 @@ def key_gradient_kernel(
     tiles = tl.cdiv(queries, BLOCK_M)
     begin = tl.minimum(first // BLOCK_M, tiles) if CAUSAL else 0
     whole = tl.minimum(tl.cdiv(first + BLOCK_N - 1, BLOCK_M), tiles) if CAUSAL else 0
-    for member in range(group):
-        head = kv_head * group + member
-        q = query + (batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head)
-        g = grad_output + (batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head)
-        rows = (batch.to(tl.int64) * heads + head) * queries
-        b = mask
-        if MASK != NO_MASK:
-            b = mask + (batch.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head)
-        if MASK == NO_MASK:
-            grad_k, grad_v = key_gradient_tiles(
-                grad_k, grad_v, k, v, whole, tiles, j, batch, head, queries, keys, scale, factor,
-                row_max + rows, row_inverse + rows, row_delta + rows, q, q_row, query_tiles, g,
-                g_row, grad_tiles, b, mask_row, mask_column,
-                HEAD_DIM, VALUE_DIM, False, MASK, CAUSAL, SCALED, PRECISION, BLOCK_M,
-            )  # fmt: skip
-        if CAUSAL or MASK != NO_MASK:
-            grad_k, grad_v = key_gradient_tiles(
-                grad_k, grad_v, k, v, begin, tiles if MASK != NO_MASK else whole, j, batch, head,
-                queries, keys, scale, factor, row_max + rows, row_inverse + rows, row_delta + rows,
-                q, q_row, query_tiles, g, g_row, grad_tiles, b, mask_row, mask_column,
-                HEAD_DIM, VALUE_DIM, True, MASK, CAUSAL, SCALED, PRECISION, BLOCK_M,
-            )  # fmt: skip
+    if MASK == NO_MASK:
+        grad_k, grad_v = key_gradient_tiles(
+            grad_k, grad_v, k, v, whole, tiles, j, batch, kv_head, group, heads, queries, keys,
+            scale, factor, row_max, row_inverse, row_delta, query, q_head, q_row, query_tiles,
+            grad_output, g_head, g_row, grad_tiles, mask, mask_head, mask_row, mask_column,
+            HEAD_DIM, VALUE_DIM, False, MASK, CAUSAL, SCALED, PRECISION, BLOCK_M,
+        )  # fmt: skip
+    if CAUSAL or MASK != NO_MASK:
+        grad_k, grad_v = key_gradient_tiles(
+            grad_k, grad_v, k, v, begin, whole if MASK == NO_MASK else tiles, j, batch, kv_head,
+            group, heads, queries, keys, scale, factor, row_max, row_inverse, row_delta,
+            query, q_head, q_row, query_tiles, grad_output, g_head, g_row, grad_tiles,
+            mask, mask_head, mask_row, mask_column,
+            HEAD_DIM, VALUE_DIM, True, MASK, CAUSAL, SCALED, PRECISION, BLOCK_M,
+        )  # fmt: skip
 
     k_out = kv_heads * HEAD_DIM
     v_out = kv_heads * VALUE_DIM
@@ -663,15 +675,15 @@ def key_gradient_kernel(
         store_careful_key_gradient(
             grad_key, k_out, k, v, first, begin * BLOCK_M, batch, kv_head, group, heads,
             queries, keys, scale, factor, slope, row_max, row_inverse, row_delta,
-            query, q_batch, q_head, q_row, grad_output, g_batch, g_head, g_row,
-            mask, mask_batch, mask_head, mask_row, mask_column,
+            query, q_head, q_row, grad_output, g_head, g_row,
+            mask, mask_head, mask_row, mask_column,
             HEAD_DIM, VALUE_DIM, MASK, CAUSAL, SCALED, PRECISION, False,
         )  # fmt: skip
         store_careful_key_gradient(
             grad_value, v_out, k, v, first, begin * BLOCK_M, batch, kv_head, group, heads,
             queries, keys, scale, factor, slope, row_max, row_inverse, row_delta,
-            query, q_batch, q_head, q_row, grad_output, g_batch, g_head, g_row,
-            mask, mask_batch, mask_head, mask_row, mask_column,
+            query, q_head, q_row, grad_output, g_head, g_row,
+            mask, mask_head, mask_row, mask_column,
             HEAD_DIM, VALUE_DIM, MASK, CAUSAL, SCALED, PRECISION, True,
         )  # fmt: skip
     else:
@@ -838,11 +850,30 @@ def _section(heads: int, head_bytes: int) -> int:
     return max(1, min(heads, _CACHE // head_bytes))
 
 
-def _config(kernel: str, call: _Call, chip: Chip) -> Config:
+def _tiled(
+    kernel: str, call: _Call, chip: Chip, launch: Callable[[Config], _Launch]
+) -> Callable[[], None]:
+    """The launch with its tile: the stored one, or with FASTGPT_AUTOTUNE=1 the fastest."""
     if INTERPRETED:
-        return tiles.INTERPRETED[kernel]
-    width = tiles.padded(max(call.query.shape[3], call.value.shape[3]))
-    return tiles.best(kernel, call.query.element_size(), width, chip)
+        return launch(tiles.INTERPRETED[kernel]).run
+    B, Hq, L, D = call.query.shape
+    H, S, Dv = *call.key.shape[1:3], call.value.shape[3]
+    dtype, mask = call.query.dtype, call.attn_mask
+    width = tiles.padded(max(D, Dv))
+    problem = tiles.Problem(kernel, dtype.itemsize, width, mask is not None)
+    if not autotune.enabled():
+        return launch(tiles.best(problem, chip)).run
+    lengths = (triton.next_power_of_2(n) for n in (B * Hq, Hq // H, L, S))
+    kind = "" if mask is None else str(mask.dtype)
+    key = (str(dtype), tiles.padded(D), tiles.padded(Dv), *lengths, kind, call.is_causal)
+    config = autotune.best(
+        f"attention {kernel}",
+        key,
+        chip,
+        tiles.candidates(problem, chip),
+        lambda config: launch(config).run(),
+    )
+    return launch(config).run
 
 
 def _forward_launch(
@@ -970,7 +1001,7 @@ def forward(
     chip = chip_of(query.device)
     results = new_outputs(*call[:3])
     with _running(query.device):
-        _forward_launch(call, results, _config("forward", call, chip), chip).run()
+        _tiled("forward", call, chip, lambda c: _forward_launch(call, results, c, chip))()
     return results
 
 
@@ -1013,16 +1044,24 @@ def backward(
         row_sum.contiguous(),
     )
     chip = chip_of(query.device)
-    grad_query, *gradients = new_gradients(grad_output, *call[:3])
-    statistics = row_max.new_empty((2, *heads[:3]))
+    grad_query, grad_key, grad_value = new_gradients(grad_output, *call[:3])
+    statistics = row_max.new_empty((2, *heads[:3]))  # delta and 1 / l
+
+    def query_launch(config: Config) -> _Launch:
+        return _query_gradient_launch(
+            call, grad_output, saved, grad_query, statistics, config, chip
+        )
+
+    def key_launch(config: Config) -> _Launch:
+        gradients = (grad_key, grad_value)
+        return _key_gradient_launch(
+            call, grad_output, saved[2], gradients, statistics, config, chip
+        )
+
     with _running(query.device):
-        config = _config("query gradient", call, chip)
-        _query_gradient_launch(call, grad_output, saved, grad_query, statistics, config, chip).run()
-        config = _config("key gradient", call, chip)
-        _key_gradient_launch(
-            call, grad_output, saved[2], tuple(gradients), statistics, config, chip
-        ).run()
-    return grad_query, *gradients
+        _tiled("query gradient", call, chip, query_launch)()
+        _tiled("key gradient", call, chip, key_launch)()
+    return grad_query, grad_key, grad_value
 
 
 # ---- ahead of time ----
@@ -1065,7 +1104,6 @@ def _compilation(
     )
 
 
-KERNELS = ("forward", "query gradient", "key gradient")
 WORK = {
     "forward": "2 (D + Dv) FLOP for each pair of query and key",
     "query gradient": "4 D + 2 Dv FLOP for each pair of query and key",
@@ -1082,14 +1120,16 @@ VARIANTS = {
 def compilation(
     kernel: str, dtype: torch.dtype, head_dim: int, variant: str, config: Config, chip: Chip
 ) -> Compilation:
-    """One of KERNELS in one of VARIANTS."""
+    """One of `tiles.KERNELS` in one of VARIANTS."""
     B, H, N = 2, 16, 4096
     mask_dtype, is_causal = VARIANTS[variant]
 
     def new(columns: int) -> Tensor:
         return torch.empty(B, N, H, columns, dtype=dtype, device="meta").transpose(1, 2)
 
-    mask = mask_dtype and torch.empty(B, 1, N, N, dtype=mask_dtype, device="meta")
+    mask = None
+    if mask_dtype is not None:
+        mask = torch.empty(B, 1, N, N, dtype=mask_dtype, device="meta")
     call = _checked(new(head_dim), new(head_dim), new(head_dim), mask, is_causal, head_dim**-0.5)
     saved = new_outputs(*call[:3])
     statistics = saved[2].new_empty(2, B, H, N)
@@ -1113,7 +1153,7 @@ def compilation(
 def _matrix_instructions(chip: Chip) -> dict[str, str]:
     pattern = {
         "sm_80": r"mma\.sync",
-        "sm_90": r"wgmma\.mma_async",
+        "sm_90": r"wgmma\.mma_async|mma\.sync",
         "sm_100": r"tcgen05\.mma|mma\.sync",
         "gfx942": r"v_mfma_",
     }[chip.name]
@@ -1121,5 +1161,15 @@ def _matrix_instructions(chip: Chip) -> dict[str, str]:
 
 
 def compilations(chip: Chip) -> Iterator[Compilation]:
-    """Every stored tile of the chip, of the types in bfloat16's stead float16's, too."""
-    yield from ()
+    """Every stored tile of the chip; each variant for a head_dim of practice only. The tiles of
+    bfloat16 are float16's, too.
+    """
+    of_size = {x.itemsize: x for x in (torch.bfloat16, torch.float32, torch.float64)}
+    for problem, config in tiles.stored(chip):
+        variants = ["additive mask"] if problem.masked else ["causal"]
+        if problem.itemsize == 2 and problem.width == 128:
+            variants.append("causal, bool mask" if problem.masked else "full")
+        for variant in variants:
+            yield compilation(
+                problem.kernel, of_size[problem.itemsize], problem.width, variant, config, chip
+            )
