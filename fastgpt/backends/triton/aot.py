@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fastgpt.backends.triton.chips import Chip, target
@@ -85,7 +86,7 @@ def _compile(compilation: Compilation, chip: Chip, attributes: dict[str, Any]) -
     from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
 
-    kernel = compilation.kernel
+    kernel, gpu = compilation.kernel, target(chip)
     source = ASTSource(
         kernel,
         compilation.signature,
@@ -93,18 +94,20 @@ def _compile(compilation: Compilation, chip: Chip, attributes: dict[str, Any]) -
         {(kernel.arg_names.index(name),): value for name, value in attributes.items()},
     )
     options = {"debug": bool(kernel.debug), **compilation.options}  # as a launch sets it
-    with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the code that it can't compile
-        compiled = triton.compile(source, target=target(chip), options=dict(options))
-    metadata = compiled.metadata
-    threads = metadata.num_warps * chip.warp_size
+    with _ptxas_log() as log:
+        compiled = triton.compile(source, target=gpu, options=dict(options))
     if chip.backend == "hip":
         assembly = compiled.asm["amdgcn"]
         used = parse_amdgcn(assembly)
     else:
         assembly = compiled.asm["ptx"]
-        backend = make_backend(target(chip))
-        log = _ptxas(backend, assembly, backend.parse_options(dict(options)), chip)
-        used = parse_ptxas(log)
+        if not log.getvalue():  # the code was in Triton's cache
+            backend = make_backend(gpu)
+            with _ptxas_log() as log:
+                backend.make_cubin(assembly, {}, backend.parse_options(dict(options)), chip.arch)
+        used = parse_ptxas(log.getvalue())
+    metadata = compiled.metadata
+    threads = metadata.num_warps * chip.warp_size
     shared, tensor_memory = metadata.shared, getattr(metadata, "tmem_size", None) or 0
     return used._replace(
         shared_memory=shared,
@@ -133,15 +136,17 @@ def _worse(a: Resources, b: Resources) -> Resources:
     )
 
 
-def _ptxas(backend: Any, ptx: str, options: Any, chip: Chip) -> str:
-    """What ptxas says: Triton runs it with -v and its own flags, and keeps the log to itself."""
+@contextlib.contextmanager
+def _ptxas_log() -> Iterator[io.StringIO]:
+    """What ptxas says: Triton runs it with -v and its own flags, and shows the log if asked. Takes
+    whatever else is printed, too: where Triton or ptxas fails, that is all of the code.
+    """
     from triton import knobs
 
     log = io.StringIO()
     with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
-        backend.make_cubin(ptx, {}, options, chip.arch)
-    return log.getvalue()
+        yield log
 
 
 _NOTHING = Resources(0, 0, 0, 0, 0, 0, 0, 0, {}, ())

@@ -54,7 +54,7 @@ def configuration(compilation: Compilation) -> str:
     tile = [
         f"{name.removeprefix('BLOCK_').lower()} {value}"
         for name, value in compilation.constants.items()
-        if re.match("BLOCK|ROWS", name)
+        if re.fullmatch("BLOCK|BLOCK_[MN]|ROWS", name)
     ]
     launch = [
         f"{compilation.options[option]} {unit}"
@@ -123,7 +123,7 @@ def roofline() -> list[Limit]:
                 limits.append(Limit(f"cross-entropy {path}", shape, passes * N * C * size, "B"))
     for B, H, L, D in ((1, 8, 4096, 128), (2, 12, 1024, 64), (1, 16, 16384, 128)):
         product = 2 * B * H * L * L * D / 2  # causal: half of the pairs
-        for path, products in (("forward", 2), ("backward, dq", 3), ("backward, dk and dv", 4)):
+        for path, products in (("forward", 2), ("query gradient", 3), ("key gradient", 4)):
             shape = f"({B}, {H}, {L}, {D}) causal bfloat16"
             limits.append(Limit(f"attention {path}", shape, products * product, "FLOP"))
     return limits
@@ -224,7 +224,8 @@ share of its threads that is; *instructions* is how many of those that matter st
 
 ROOFLINE = """What a path has to move or to compute, and the time that means at an H200's 4.3 TB/s
 and 790 TFLOP/s in bfloat16. Attention's backward takes two passes, so that it needs no atomics:
-three products for dq and four for dk and dv, where one pass would do with five in all."""
+three products for the query's gradient and four for key's and value's, where one pass would do with
+five."""
 
 
 def document(rows: list[Row], version: str) -> str:
