@@ -171,7 +171,12 @@ def test_what_ptxas_says_is_misread():
 
 def test_amds_metadata_is_misread():
     used = aot.parse_amdgcn(AMDGCN)
-    assert (used.registers, used.stack, used.spill_stores) == (132, 20, 20)
+    assert (used.registers, used.stack, used.spill_stores) == (132, 20, 12)
+    assert used.warnings == ("scalar registers spill into vector registers",)
+    assert (
+        aot.parse_amdgcn(AMDGCN.replace("sgpr_spill_count: 2", "sgpr_spill_count: 0")).warnings
+        == ()
+    )
     with pytest.raises(ValueError, match="vgpr_count"):
         aot.parse_amdgcn(AMDGCN.replace(".vgpr_count", ".other"))
 
@@ -300,7 +305,7 @@ def test_the_roofline_miscounts():
 
 
 def test_the_document_does_not_list_its_rows():
-    used = FITS._asdict()
+    used = FITS._replace(warnings=("it is slow",))._asdict()
     rows = [
         report.Row("sm_90", "attention forward", "m 128, n 64, 8 warps", "4 L S D", used, []),
         report.Row("gfx942", "attention forward", "m 64, n 64, 4 warps", "4 L S D", used, []),
@@ -309,6 +314,7 @@ def test_the_document_does_not_list_its_rows():
     document = report.document(rows, "3.7.1")
     assert "Triton 3.7.1" in document
     assert "| attention forward | m 128, n 64, 8 warps | 64 | 1 | 8 (50%) | 4 mma |" in document
+    assert "sm_90: it is slow, in 1 of these kernels, as attention forward." in document
     assert report.listed(document) == {row[:3] for row in rows}
 
 

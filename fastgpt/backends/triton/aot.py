@@ -36,7 +36,7 @@ class Resources(NamedTuple):
     threads: int  # of a block
     blocks: int  # that a multiprocessor holds at once
     instructions: dict[str, int]  # how often each of `Compilation.instructions` occurs
-    warnings: tuple[str, ...]  # of ptxas, about lost performance
+    warnings: tuple[str, ...]  # about performance that is lost otherwise
 
 
 def compile(compilation: Compilation, chip: Chip) -> Resources:
@@ -132,7 +132,7 @@ def _worse(a: Resources, b: Resources) -> Resources:
         threads=a.threads,
         blocks=min(a.blocks, b.blocks),
         instructions={what: min(n, b.instructions[what]) for what, n in a.instructions.items()},
-        warnings=a.warnings,
+        warnings=tuple(dict.fromkeys(a.warnings + b.warnings)),
     )
 
 
@@ -176,8 +176,8 @@ def parse_ptxas(log: str) -> Resources:
 def parse_amdgcn(assembly: str) -> Resources:
     """The registers, spills and stack in the metadata of one kernel's assembly.
 
-    Vector registers include the accumulators. The metadata counts the stores of spilled registers,
-    and a scalar register spills into a lane of a vector register.
+    Vector registers include the accumulators. The metadata counts the stores of spilled registers.
+    A scalar register spills into a lane of a vector register, which costs no memory: a warning.
     """
 
     def field(name: str) -> int:
@@ -186,12 +186,14 @@ def parse_amdgcn(assembly: str) -> Resources:
             raise ValueError(f"the assembly's metadata has no {name}")
         return int(found[1])
 
-    spills = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+    spills = 4 * field("vgpr_spill_count")
     return _NOTHING._replace(
         registers=field("vgpr_count"),
         spill_stores=spills,
         spill_loads=spills,
         stack=field("private_segment_fixed_size"),
+        warnings=("scalar registers spill into vector registers",)
+        * bool(field("sgpr_spill_count")),
     )
 
 

@@ -187,19 +187,19 @@ def by_chip(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
-    """What ptxas warns of, and of how many kernels."""
+    """What the compilers warn of, and in how many kernels; no complaint."""
     kernels: dict[str, list[str]] = {}
     for row in rows:
         for warning in (row.resources or {}).get("warnings", ()):
-            kernels.setdefault(warning, []).append(f"{row.chip}: {row.kernel}")
-    return [f"{len(names)} of {names[0]}, ...: {warning}" for warning, names in kernels.items()]
+            kernels.setdefault(f"{row.chip}: {warning}", []).append(row.kernel)
+    return [f"{w}, in {len(ks)} of these kernels, as {ks[0]}." for w, ks in kernels.items()]
 
 
 def text(rows: list[Row], format: Callable[[Table], str]) -> str:
-    """Every table; in markdown a document of its own."""
+    """Every table, each with what is to be noted."""
     parts = []
     for chip, its in by_chip(rows).items():
-        parts += [_title(KNOWN[chip], format), format(resources_table(its))]
+        parts += [_title(KNOWN[chip], format), format(resources_table(its)), *notes(its)]
     parts += ["## The roofline" if format is markdown else "roofline", ROOFLINE]
     parts.append(format(roofline_table(roofline())))
     return "\n\n".join(parts)
@@ -267,8 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(document(rows, version))
-    for note in notes(rows):
-        print(f"\nnote: {note}")
     complaints = [f"{row.chip}: {complaint}" for row in rows for complaint in row.complaints]
     print(f"\n{len(rows)} kernels compiled with Triton {version}, {len(complaints)} complaints")
     for complaint in complaints:
