@@ -246,7 +246,7 @@ DEVICE_TESTS = (
     TestFile("tests/device/test_device_execution.py", 2),
     TestFile("tests/device/test_device_compile.py"),
     TestFile("tests/device/test_device_memory.py"),
-    TestFile("tests/device/test_device_large.py", quick=None),
+    TestFile("tests/device/test_device_large.py", 2, quick="cross_entropy or rows"),
     TestFile("tests/device/test_device_processes.py", quick="out_of_range_is_not and 5000"),
 )
 

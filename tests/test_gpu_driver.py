@@ -252,12 +252,15 @@ def test_device_tests_vanish_silently_or_can_not_be_imported():
     [
         ("cross_entropy", "strides or ignored or (smoothing and 130) or (exact and 1025)"),
         ("attention", "group or hidden or (exact and bfloat16 and 80) or (mask and bool)"),
+        ("execution", "eager"),
+        ("large", "wrong"),
     ],
 )
 def test_a_device_test_that_needs_only_its_kernels_fails(file, choice):
     """In the interpreter, so only its own mistakes and the kernels' arithmetic show."""
     ended = python(
-        *("-m", "pytest", "-q", f"tests/device/test_device_{file}.py", "-k", choice),
+        *("-m", "pytest", "-q", f"tests/device/test_device_{file}.py"),
+        *("-k", choice, "-m", "not slow"),
         FASTGPT_TEST_DEVICE="cpu",
         TRITON_INTERPRET="1",
         CUDA_VISIBLE_DEVICES="",
