@@ -156,7 +156,7 @@ def _details(status: int, log: Path) -> list[str]:
     lines = log.read_text(errors="replace").splitlines()
     counts = r"[= ]*(no tests ran|\d+ [a-z]+(, \d+ [a-z]+)*) in [\d.]+s.*"
     found = [line.strip("= ") for line in lines if re.fullmatch(counts, line)]
-    telling = r"(SKIPPED|FAILED|ERROR) |.*(: left out: |no report: |no chart: )|.*device tests were"
+    telling = r"(SKIPPED|FAILED|ERROR|=+ ERROR SUMMARY:) |.*(: left out: |no report: |no chart: )"
     found += [line for line in dict.fromkeys(lines) if re.match(telling, line)]
     found += [line for line in lines if re.fullmatch(r"/.*\.(json|png)", line)]
     if status == 0:

@@ -45,8 +45,10 @@ def fake_cuda(monkeypatch):
         "empty_cache": lambda: None,
         "mem_get_info": lambda: (1 << 30, 1 << 30),
         "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 100,
-        "max_memory_allocated": lambda: 612,
+        "memory_stats": lambda: {
+            "requested_bytes.all.current": 100,
+            "requested_bytes.all.peak": 612,
+        },
         "current_device": lambda: 0,
         "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 20),
     }

@@ -55,6 +55,7 @@ def test_a_call_is_not_what_eager_computes(device, make):
 
 
 @calls
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_call_waits_for_the_gpu(gpu, make):
     call = make()
     call.run()  # compiled and loaded
