@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,36 +129,55 @@ def _run(stage: Stage, limit: float, logs: Path) -> Outcome:
     finally:
         _end(processes)
     state = "cut" if cut else "failed" if any(p.returncode for p in processes) else "passed"
-    details = list(stage.notes)
-    for process, file in zip(processes, files, strict=True):
-        details += _details(process.returncode, file)
+    texts = [file.read_text(errors="replace") for file in files]
+    details = [*stage.notes, *_counts(texts)]
+    for process, file, text in zip(processes, files, texts, strict=True):
+        details += _details(process.returncode, file, text.splitlines())
     if stage.print_log:
-        print("\n".join(file.read_text(errors="replace") for file in files), flush=True)
-    return Outcome(stage, state, time.monotonic() - start, tuple(details))
+        print("\n".join(texts), flush=True)
+    return Outcome(stage, state, time.monotonic() - start, tuple(dict.fromkeys(details)))
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
-    """Interrupt what still runs, so that it can report what it has; then end it."""
-    for signal_number in (signal.SIGINT, signal.SIGKILL):
-        running = [process for process in processes if process.poll() is None]
-        for process in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal_number)
-        end = time.monotonic() + 0.8 * GRACE
-        for process in running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, end - time.monotonic()))
-
-
-def _details(status: int, log: Path) -> list[str]:
-    """pytest's own summary, and what else a reader of the end must see; on a failure where to look
-    and the last lines.
+    """Interrupt what still runs, so that it can report what it has; then end it, and whatever any
+    of them started and left.
     """
-    lines = log.read_text(errors="replace").splitlines()
-    counts = r"[= ]*(no tests ran|\d+ [a-z]+(, \d+ [a-z]+)*) in [\d.]+s.*"
-    found = [line.strip("= ") for line in lines if re.fullmatch(counts, line)]
+    for process in processes:
+        if process.poll() is None:
+            _signal(process, signal.SIGINT)
+    end = time.monotonic() + 0.8 * GRACE
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
+        _signal(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
+    """To the session that the process leads."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _counts(logs: Sequence[str]) -> list[str]:
+    """pytest's counts, of all logs together."""
+    total: Counter[str] = Counter()
+    for log in logs:
+        for line in re.findall(
+            r"^[= ]*(\d+ [a-z]+(?:, \d+ [a-z]+)*) in [\d.]+s", log, re.MULTILINE
+        ):
+            for number, what in re.findall(r"(\d+) ([a-z]+)", line):
+                total[what] += int(number)
+    del total["deselected"]
+    return (
+        [", ".join(f"{number} {what}" for what, number in sorted(total.items()))] if total else []
+    )
+
+
+def _details(status: int, log: Path, lines: Sequence[str]) -> list[str]:
+    """What a reader of the end must see; on a failure where to look, and the last lines."""
     telling = r"(SKIPPED|FAILED|ERROR|=+ ERROR SUMMARY:) |.*(: left out: |no report: |no chart: )"
-    found += [line for line in dict.fromkeys(lines) if re.match(telling, line)]
+    found = [line for line in lines if re.match(telling, line)]
     found += [line for line in lines if re.fullmatch(r"/.*\.(json|png)", line)]
     if status == 0:
         return found
