@@ -10,6 +10,7 @@ with an error if a stage failed, was cut or could not run.
 import argparse
 import contextlib
 import importlib.util
+import math
 import os
 import re
 import shlex
@@ -70,12 +71,12 @@ class Outcome:
 # ---- running ----
 
 
-def run(stages: Sequence[Stage], logs: Path = LOGS) -> list[Outcome]:
-    """Run the stages one after another."""
+def run(stages: Sequence[Stage], logs: Path = LOGS, deadline: float = math.inf) -> list[Outcome]:
+    """Run the stages one after another; none beyond the deadline, of time.monotonic()."""
     logs.mkdir(parents=True, exist_ok=True)
     outcomes, saved = [], 0.0
     for stage in stages:
-        limit = stage.budget + saved
+        limit = min(stage.budget + saved, max(0.0, deadline - time.monotonic()))
         if stage.left_out or stage.unable:
             outcome = Outcome(
                 stage,
@@ -87,7 +88,7 @@ def run(stages: Sequence[Stage], logs: Path = LOGS) -> list[Outcome]:
             print(f"-- {stage.name} (at most {limit:.0f} s)", flush=True)
             outcome = _run(stage, limit, logs)
         saved = max(0.0, limit - outcome.seconds)
-        print(_line(outcome), flush=True)
+        print(_line(outcome).splitlines()[0], flush=True)
         outcomes.append(outcome)
     return outcomes
 
@@ -356,7 +357,10 @@ def stages(quick: bool) -> list[Stage]:
     return [
         Stage("install in place", budget(75, 35), (install,)),
         Stage(
-            "fastgpt.info", budget(12, 8), ((sys.executable, "-m", "fastgpt.info"),), print_log=True
+            "fastgpt.info",
+            budget(15, 12),
+            ((sys.executable, "-m", "fastgpt.info"),),
+            print_log=True,
         ),
         _tests("device tests", budget(135, 40), DEVICE_TESTS, quick),
         _tests("ordinary tests on the GPU", budget(115, 15), ORDINARY_TESTS, quick),
@@ -381,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if check.returncode != 0:
         return check.returncode
     print(without := absent())
-    outcomes = run(stages(quick))
+    outcomes = run(stages(quick), deadline=start + (178 if quick else 598))
     print(summary(outcomes))
     print(f"{without}\n{time.monotonic() - start:.0f} s in all")
     return 0 if all(outcome.good for outcome in outcomes) else 1
