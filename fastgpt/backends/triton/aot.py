@@ -39,14 +39,13 @@ class Resources(NamedTuple):
 
 
 def compile(compilation: Compilation, chip: Chip) -> Resources:
-    """Compile a kernel down to the chip's machine code.
+    """Compile a kernel as a launch does, down to the chip's machine code.
 
-    Raises RuntimeError under TRITON_INTERPRET, ValueError for an argument without a type, and
-    Triton's own errors for what does not compile.
+    On AMD a launch compiles other code for tensors within 2 GiB than for larger ones: of the two
+    the worse number counts. Raises RuntimeError under TRITON_INTERPRET, ValueError for a
+    compilation that is not the kernel's, and Triton's own errors for what does not compile.
     """
     import triton
-    from triton.compiler import ASTSource
-    from triton.compiler.compiler import make_backend
 
     kernel = compilation.kernel
     if not isinstance(kernel, triton.runtime.JITFunction):
@@ -54,18 +53,48 @@ def compile(compilation: Compilation, chip: Chip) -> Resources:
             "TRITON_INTERPRET makes Triton's functions uncompilable when they are imported:"
             " unset it and start Python anew"
         )
-    if mistaken := set(kernel.arg_names) ^ set(compilation.signature):
-        raise ValueError(f"{compilation.name}: the signature is mistaken in {sorted(mistaken)}")
+    if mistaken := _mistaken(compilation):
+        raise ValueError(f"{compilation.name}: the signature is mistaken in {mistaken}")
 
-    attributes = {name: [["tt.divisibility", 16]] for name in compilation.divisible}
+    specialized = [p.name for p in kernel.params if not p.do_not_specialize]
+    aligned = {n: [["tt.divisibility", 16]] for n in specialized if n in compilation.divisible}
+    used = _compile(compilation, chip, aligned)
+    if chip.backend == "hip":
+        small = {
+            name: [*aligned.get(name, ()), ["tt.pointer_range", 32]]
+            for name in specialized
+            if compilation.signature[name].startswith("*")
+        }
+        used = _worse(used, _compile(compilation, chip, aligned | small))
+    return used
+
+
+def _mistaken(compilation: Compilation) -> list[str]:
+    """The arguments that the kernel does not have, or has with another type."""
+    signature = compilation.signature
+    types = {p.name: p.annotation_type for p in compilation.kernel.params}
+    return sorted(
+        (types.keys() ^ signature.keys())
+        | set(compilation.divisible) - types.keys()
+        | {n for n, kind in signature.items() if kind not in ("constexpr", types.get(n) or kind)}
+    )
+
+
+def _compile(compilation: Compilation, chip: Chip, attributes: dict[str, Any]) -> Resources:
+    import triton
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+
+    kernel = compilation.kernel
     source = ASTSource(
         kernel,
         compilation.signature,
         compilation.constants,
         {(kernel.arg_names.index(name),): value for name, value in attributes.items()},
     )
+    options = {"debug": bool(kernel.debug), **compilation.options}  # as a launch sets it
     with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the code that it can't compile
-        compiled = triton.compile(source, target=target(chip), options=dict(compilation.options))
+        compiled = triton.compile(source, target=target(chip), options=dict(options))
     metadata = compiled.metadata
     threads = metadata.num_warps * chip.warp_size
     if chip.backend == "hip":
@@ -74,8 +103,8 @@ def compile(compilation: Compilation, chip: Chip) -> Resources:
     else:
         assembly = compiled.asm["ptx"]
         backend = make_backend(target(chip))
-        options = backend.parse_options(dict(compilation.options))
-        used = parse_ptxas(_ptxas(backend, assembly, options, chip))
+        log = _ptxas(backend, assembly, backend.parse_options(dict(options)), chip)
+        used = parse_ptxas(log)
     shared, tensor_memory = metadata.shared, getattr(metadata, "tmem_size", None) or 0
     return used._replace(
         shared_memory=shared,
@@ -86,6 +115,21 @@ def compile(compilation: Compilation, chip: Chip) -> Resources:
             what: len(re.findall(pattern, assembly, re.MULTILINE))
             for what, pattern in compilation.instructions.items()
         },
+    )
+
+
+def _worse(a: Resources, b: Resources) -> Resources:
+    return Resources(
+        registers=max(a.registers, b.registers),
+        spill_stores=max(a.spill_stores, b.spill_stores),
+        spill_loads=max(a.spill_loads, b.spill_loads),
+        stack=max(a.stack, b.stack),
+        shared_memory=max(a.shared_memory, b.shared_memory),
+        tensor_memory=max(a.tensor_memory, b.tensor_memory),
+        threads=a.threads,
+        blocks=min(a.blocks, b.blocks),
+        instructions={what: min(n, b.instructions[what]) for what, n in a.instructions.items()},
+        warnings=a.warnings,
     )
 
 

@@ -42,6 +42,10 @@ if knobs.runtime.interpret:
 
 VECTOR_BYTES = 16  # of the widest load
 NARROW = 1024  # classes of a row that stays on chip
+# Blocks of a row that one program writes backward, since what it does before the first of them
+# costs as much as two; and how many programs there should be before it writes more than one.
+STRIPE = 8
+PROGRAMS = 4096
 
 # ---- a row's numbers, in scalars or in vectors of rows ----
 
@@ -70,13 +74,13 @@ def _log1p(x):
 
 @triton.jit
 def _target(targets, stride, rows, in_range, ignore_index, classes):
-    """The rows' targets, 0 for those that are ignored; and which are kept."""
+    """The rows' targets, which are no class for those that are ignored; and which are kept."""
     t = tl.load(targets + rows * stride, mask=in_range, other=0)
     kept = in_range & (t != ignore_index)
     exists = (t >= 0) & (t < classes)
     tl.device_assert(exists | (kept == 0), "Target is out of bounds")
     kept = kept & exists
-    return tl.where(kept, t, 0).to(tl.int32), kept
+    return tl.where(kept, t, -1).to(tl.int32), kept
 
 
 @triton.jit
@@ -118,22 +122,12 @@ def _loss(x_t, m, rest, w_t, W, spread_sum, hard, spread, SMOOTHED: tl.constexpr
 
 @triton.jit
 def _slopes(
-    grad_losses,
-    grad_stride,
-    row_max,
-    rests,
-    x_rows,
-    weights,
-    total_weight,
-    rows,
-    t,
-    kept,
-    classes,
-    hard,
-    spread,
-    SMOOTHED: tl.constexpr,
-):
-    """m, g A / total, g s / C, and the target's gradient."""
+    grad_losses, grad_stride, row_max, rests, x_rows, weights, total_weight,
+    rows, t, kept, classes, hard, spread, SMOOTHED: tl.constexpr,
+):  # fmt: skip
+    """m, g A / total, g s / C, and the target's gradient: all of them 0 for an ignored row, whose
+    upstream gradient may be the infinity of a mean over no rows.
+    """
     g = tl.load(grad_losses + rows * grad_stride, mask=kept, other=0)
     m = tl.load(row_max + rows, mask=kept, other=0)
     rest = tl.load(rests + rows, mask=kept, other=1)
@@ -151,35 +145,23 @@ def _slopes(
 
 
 @triton.jit
-def _write_gradient(
-    x_at,
-    gradient_at,
-    column,
-    there,
-    kept,
-    weights,
-    t,
-    m,
-    at_others,
-    uniform,
-    at_target,
-    SMOOTHED: tl.constexpr,
-):
-    """The gradient of some columns, from their logits. Of an ignored row it is not 0 * p: the row
-    may hold NaN, and the upstream gradient of a mean over no rows is inf.
-    """
-    x = tl.load(x_at, mask=there & kept, other=0).to(m.dtype)
+def _gradient(x_at, column, there, weights, slopes, dtype: tl.constexpr, SMOOTHED: tl.constexpr):
+    """The gradient of some columns, from their logits, as if the target were not among them."""
+    m, at_others, uniform, _ = slopes
+    x = tl.load(x_at, mask=there, other=0).to(dtype)
     y = _exp(x - m) * at_others
     if SMOOTHED:
         if weights is not None:
             y -= uniform * tl.load(weights + column, mask=there, other=0)
         else:
             y -= uniform
-    y = tl.where(column == t, at_target, y)
-    tl.store(gradient_at, tl.where(kept, y, 0).to(gradient_at.dtype.element_ty), mask=there)
+    return y
 
 
 # ---- wide rows: a program forward has one, a program backward a block of columns of one ----
+
+# Their logits and gradients are not specialized: a launch would find them to lie within 2 GiB and
+# take AMD's buffer loads, which lose what `multiple_of` says and so fall to one class at a time.
 
 
 @triton.jit
@@ -207,10 +189,10 @@ def _vectors(BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _without_target(x, offset, t, start, BLOCK: tl.constexpr):
-    """The target is no part of `rest`. All but one of a row's blocks are spared the comparison."""
+def _put(x, value, offset, t, start, BLOCK: tl.constexpr):
+    """x with a value at the target. All but one of a row's blocks are spared the comparison."""
     if (start <= t) & (t < start + BLOCK):
-        x = tl.where(offset == t, float("-inf"), x)
+        x = tl.where(offset == t, value, x)
     return x
 
 
@@ -223,7 +205,7 @@ def _spread_terms(x, there, column, reference, weights):
     return tl.where(there, term, 0)
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=["logits"])
 def forward_wide(
     logits,
     targets,
@@ -261,7 +243,7 @@ def forward_wide(
             if SMOOTHED:
                 term = _spread_terms(x, there, head + offset, reference, weights)
                 spread_sum += tl.sum(term, 1)
-            x = _without_target(x, offset, t - head, start, BLOCK)
+            x = _put(x, float("-inf"), offset, t - head, start, BLOCK)  # no part of the rest
             highest = tl.maximum(m, tl.max(x, 1))
             shift = _finite(highest)
             s = s * _exp(m - shift) + tl.sum(_exp(x - shift[:, None]), 1)
@@ -286,7 +268,7 @@ def forward_wide(
         tl.store(rests + row, 0.0)
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=["logits", "gradients"])
 def backward_wide(
     grad_losses,
     logits,
@@ -300,7 +282,8 @@ def backward_wide(
     row_stride: tl.int64,
     target_stride: tl.int64,
     classes: tl.int32,
-    blocks: tl.int32,
+    stripes: tl.int32,  # of a row, each one program's
+    stripe_blocks: tl.int32,
     ignore_index: tl.int64,
     hard: tl.float64,
     spread: tl.float64,
@@ -309,62 +292,35 @@ def backward_wide(
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
+    dtype: tl.constexpr = row_max.dtype.element_ty
+    row = (tl.program_id(0) // stripes).to(tl.int64)
+    stripe = tl.program_id(0) % stripes
     t, kept = _target(targets, target_stride, row, row >= 0, ignore_index, classes)
     x_row = logits + row * row_stride
-    m, at_others, uniform, at_target = _slopes(
-        grad_losses,
-        grad_stride,
-        row_max,
-        rests,
-        x_row,
-        weights,
-        total_weight,
-        row,
-        t,
-        kept,
-        classes,
-        hard,
-        spread,
-        SMOOTHED,
-    )
-    gradient_row = gradients + row * classes
-    head, body = _body(gradient_row, classes, LANES)
+    slopes = _slopes(
+        grad_losses, grad_stride, row_max, rests, x_row, weights, total_weight,
+        row, t, kept, classes, hard, spread, SMOOTHED,
+    )  # fmt: skip
+    out = gradients + row * classes
+    head, body = _body(out, classes, LANES)
     x_aligned = x_row + head
     if IN_PHASE:
         x_aligned = tl.multiple_of(x_aligned, 16)
-    offset = block * BLOCK + _vectors(BLOCK, LANES)
-    _write_gradient(
-        x_aligned + offset,
-        tl.multiple_of(gradient_row + head, 16) + offset,
-        head + offset,
-        offset < body,
-        kept,
-        weights,
-        t,
-        m,
-        at_others,
-        uniform,
-        at_target,
-        SMOOTHED,
-    )
-    if block == 0:
-        column, there = _edges(head, body, classes, LANES)
-        _write_gradient(
-            x_row + column,
-            gradient_row + column,
-            column,
-            there,
-            kept,
-            weights,
-            t,
-            m,
-            at_others,
-            uniform,
-            at_target,
-            SMOOTHED,
+    out_aligned = tl.multiple_of(out + head, 16)
+    first = stripe * stripe_blocks * BLOCK
+    for start in range(first, tl.minimum(first + stripe_blocks * BLOCK, body), BLOCK):
+        offset = start + _vectors(BLOCK, LANES)
+        there = offset < body
+        y = _gradient(
+            x_aligned + offset, head + offset, there & kept, weights, slopes, dtype, SMOOTHED
         )
+        y = _put(y, slopes[3], offset, t - head, start, BLOCK)
+        tl.store(out_aligned + offset, y.to(out.dtype.element_ty), mask=there)
+    if stripe == 0:
+        column, edge = _edges(head, body, classes, LANES)
+        z = _gradient(x_row + column, column, edge & kept, weights, slopes, dtype, SMOOTHED)
+        z = tl.where(column == t, slopes[3], z)
+        tl.store(out + column, z.to(out.dtype.element_ty), mask=edge)
 
 
 # ---- narrow rows: some to a program, each of them whole ----
@@ -435,41 +391,20 @@ def backward_narrow(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     in_range = rows < N
     t, kept = _target(targets, target_stride, rows, in_range, ignore_index, classes)
     x_rows = logits + rows * row_stride
-    m, at_others, uniform, at_target = _slopes(
-        grad_losses,
-        grad_stride,
-        row_max,
-        rests,
-        x_rows,
-        weights,
-        total_weight,
-        rows,
-        t,
-        kept,
-        classes,
-        hard,
-        spread,
-        SMOOTHED,
-    )
+    slopes = _slopes(
+        grad_losses, grad_stride, row_max, rests, x_rows, weights, total_weight,
+        rows, t, kept, classes, hard, spread, SMOOTHED,
+    )  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]
-    _write_gradient(
-        x_rows[:, None] + column,
-        (gradients + rows * classes)[:, None] + column,
-        column,
-        in_range[:, None] & (column < classes),
-        kept[:, None],
-        weights,
-        t[:, None],
-        m[:, None],
-        at_others[:, None],
-        uniform[:, None],
-        at_target[:, None],
-        SMOOTHED,
-    )
+    there = in_range & (column < classes)
+    dtype: tl.constexpr = row_max.dtype.element_ty
+    y = _gradient(x_rows + column, column, there & kept, weights, slopes, dtype, SMOOTHED)
+    y = tl.where(column == t, slopes[3], y)
+    tl.store(gradients + rows * classes + column, y.to(gradients.dtype.element_ty), mask=there)
 
 
 # ---- the launches ----
@@ -616,8 +551,12 @@ def backward(
             _launch(backward_narrow, triton.cdiv(N, chosen.rows), chosen, arguments)
         else:
             blocks = triton.cdiv(C, chosen.block)
-            arguments.update(blocks=blocks, IN_PHASE=_in_phase(logits, gradient))
-            _launch(backward_wide, N * blocks, chosen, arguments)
+            stripe_blocks = max(1, min(STRIPE, N * blocks // PROGRAMS))
+            stripes = triton.cdiv(blocks, stripe_blocks)
+            arguments.update(
+                stripes=stripes, stripe_blocks=stripe_blocks, IN_PHASE=_in_phase(logits, gradient)
+            )
+            _launch(backward_wide, N * stripes, chosen, arguments)
     return gradient
 
 
@@ -643,7 +582,8 @@ _VALUES = {
     "ignore_index": "i64",
     "N": "i32",
     "classes": "i32",
-    "blocks": "i32",
+    "stripes": "i32",
+    "stripe_blocks": "i32",
     "hard": "fp64",
     "spread": "fp64",
 }
