@@ -46,7 +46,8 @@ def check_leaves(leaves, upstream=None, **options):
     ids=str,
 )
 def test_an_output_or_gradient_is_not_exact(device, dtype, D, is_causal):
-    check(device, dtype, *3 * [(2, 3, 200, D)], is_causal=is_causal)
+    # No whole tiles, but whole vectors: the kernels that the benchmarks run.
+    check(device, dtype, *3 * [(2, 3, 208, D)], is_causal=is_causal)
 
 
 @pytest.mark.parametrize("D", [1, 17, 32, 192, 256])
