@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -167,7 +168,8 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
             at = index * step + place
             row = comparison.row(name)
             if not row.measured:
-                axes.text(1 + reach * 0.012, at, f"{name}: {row.reason}", va="center", fontsize=8)
+                reason = textwrap.shorten(f"{name}: {row.reason}", 70, placeholder=" …")
+                axes.text(1 + reach * 0.012, at, reason, va="center", fontsize=8)
                 continue
             low, median, high = comparison.ratio(name, "full")
             axes.barh(at, median, color=palette[name], height=0.85, label=name)
@@ -175,7 +177,8 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
                 median, at, xerr=[[median - low], [high - median]], color="0.15", capsize=2, lw=1
             )
             beside = high if median > 1 else max(high, 1)  # clear of the line at 1
-            axes.text(beside + reach * 0.012, at, f"{median:.1f}", va="center", fontsize=9)
+            ratio = f"{median:.2f}" if median < 10 else f"{median:.0f}"
+            axes.text(beside + reach * 0.012, at, ratio, va="center", fontsize=9)
         floor = comparison.shape.floor_name
         if comparison.row(floor).measured:
             _, fraction, _ = comparison.ratio(floor, "full")
@@ -195,7 +198,7 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
             for c in comparisons
         ],
     )
-    axes.invert_yaxis()
+    axes.set_ylim(len(comparisons) * step - 0.5, -1.5)  # the first one on top
     axes.set_xlim(0, reach * 1.1)
     axes.set_xlabel("time ÷ fastgpt's time, forward + backward (median, quartiles)")
     if device == "cpu":
@@ -248,7 +251,7 @@ def main() -> None:
     ]
     name = where["cpu"] if arguments.device == "cpu" else where["gpu"]
     print(f"{name}, torch {where['torch']}, commit {where['commit']}")
-    if where["load_average"] > 0.5:
+    if arguments.device == "cpu" and where["load_average"] > 0.5:
         print(f"Other work disturbs this: the load average was {where['load_average']:.1f}.")
     end = time.monotonic() + arguments.seconds
     red: list[str] = []
