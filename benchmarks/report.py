@@ -21,6 +21,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -271,7 +272,7 @@ def main() -> None:
 def _compare_each(
     shapes: Iterable[Shape], budget: float, end: float, red: list[str]
 ) -> Iterator[Comparison]:
-    """A shape without a comparison has its reason printed, and in `red` if a gate is."""
+    """A shape without a comparison has its reason printed, and in `red` if it is an error."""
     longest = 0.0  # that a shape took so far
     for shape in shapes:
         start = time.monotonic()
@@ -280,11 +281,14 @@ def _compare_each(
             continue
         try:
             yield compare(shape, budget=budget)
-        except RedGateError as error:
-            red.append(f"{shape}: no report: {error}")
-            print(f"\n{red[-1]}", flush=True)
         except UnavailableError as unavailable:
             print(f"\n{shape} ({shape.name}): left out: {unavailable}", flush=True)
+        except Exception as error:  # whatever it is, the other shapes may do
+            if not isinstance(error, RedGateError):
+                traceback.print_exc()
+            first = (str(error).splitlines() or [""])[0]
+            red.append(f"{shape}: no report: {type(error).__name__}: {first}")
+            print(f"\n{red[-1]}", flush=True)
         longest = max(longest, time.monotonic() - start)
 
 

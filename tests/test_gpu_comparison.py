@@ -302,17 +302,18 @@ def reported(monkeypatch, tmp_path, capsys):
     return run
 
 
-def test_a_red_gate_ends_the_report_or_is_no_error(reported):
+@pytest.mark.parametrize("error", [compare.RedGateError, RuntimeError])
+def test_a_red_gate_or_an_error_ends_the_report_or_is_none(reported, error):
     def comparison(name):
         if name == "gpt2-fp32":
-            raise compare.RedGateError("wrong")
+            raise error("wrong")
         if name == "demo-fp32":
             raise UnavailableError("needs 80 GiB")
         return name
 
     written, ended, shown = reported(comparison)
     assert written == ["char-fp32"]
-    assert "no report: wrong" in str(ended)
+    assert f"no report: {error.__name__}: wrong" in str(ended)
     assert "left out: needs 80 GiB" in shown
 
 
