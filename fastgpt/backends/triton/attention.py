@@ -1128,6 +1128,8 @@ def compilation(
         return torch.empty(B, N, H, columns, dtype=dtype, device="meta").transpose(1, 2)
 
     mask = None
+    if mask_dtype == torch.float32:  # of the accumulator's type
+        mask_dtype = accumulator_dtype(dtype)
     if mask_dtype is not None:
         mask = torch.empty(B, 1, N, N, dtype=mask_dtype, device="meta")
     call = _checked(new(head_dim), new(head_dim), new(head_dim), mask, is_causal, head_dim**-0.5)
