@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -108,12 +109,18 @@ void prepare_weight(std::optional<Tensor>& weight, int64_t classes, DType dtype)
   *weight = torch::stable::contiguous(*weight);
 }
 
+// With what rounding takes from each partial sum (Neumaier, 1974): a smoothed loss is only as exact
+// as this, and one after another the sums of a vocabulary lose a few bits of a double.
 template <class A>
 double sum_of(const Tensor& weight) {
   const A* data = static_cast<const A*>(weight.const_data_ptr());
-  double sum = 0;
-  for (int64_t i = 0; i < weight.size(0); ++i) sum += double(data[i]);
-  return sum;
+  double sum = 0, lost = 0;
+  for (int64_t i = 0; i < weight.size(0); ++i) {
+    const double x = double(data[i]), next = sum + x;
+    lost += std::abs(sum) >= std::abs(x) ? (sum - next) + x : (x - next) + sum;
+    sum = next;
+  }
+  return std::isfinite(sum) ? sum + lost : sum;
 }
 
 // The sum of the classes' weights, which only smoothing needs.

@@ -157,12 +157,6 @@ def best_kernel(request) -> Iterator[Backend]:
     yield from _activate(request.param)
 
 
-@pytest.fixture(params=[EAGER, *NATIVE, TRITON], ids=repr)
-def weighing(request) -> Iterator[Backend]:
-    """Every backend whose cross-entropy knows class weights and label smoothing."""
-    yield from _activate(request.param)
-
-
 @pytest.fixture(params=NATIVE, ids=repr)
 def native_backend(request) -> Iterator[Backend]:
     """The native backend, once for each instruction set of this processor."""

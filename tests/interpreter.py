@@ -24,7 +24,7 @@ def load_kernels() -> None:
         from triton import knobs
 
         knobs.runtime.interpret = True  # stays when the environment forgets it
-        for op in ("cross_entropy",):  # TODO attention
+        for op in ("cross_entropy", "attention"):
             importlib.import_module(f"fastgpt.backends.triton.{op}")
         _quicken()
     os.environ.pop("TRITON_INTERPRET", None)
@@ -77,3 +77,13 @@ def _quicken() -> None:
         return launch
 
     interpreter._patch_lang = patch
+
+    # It fills a table of all types before it looks up one.
+    slow, known = interpreter._get_np_dtype, {}
+
+    def np_dtype(dtype: Any) -> Any:
+        if dtype.name not in known:
+            known[dtype.name] = slow(dtype)
+        return known[dtype.name]
+
+    interpreter._get_np_dtype = np_dtype

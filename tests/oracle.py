@@ -32,7 +32,7 @@ def random_logits(n, classes, *, dtype=torch.float32, scale=1.0, seed=0):
 def random_like(x: torch.Tensor, seed: int = 1) -> torch.Tensor:
     """An upstream gradient: normal, of `x`'s shape and type, and no stranger to either sign."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
 
 
 def gradient_of(function, logits, upstream):
@@ -60,12 +60,27 @@ class Exact(NamedTuple):
     gradient: np.ndarray
 
 
-def exact(logits: torch.Tensor, target: torch.Tensor, upstream: torch.Tensor) -> Exact:
+def exact(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    upstream: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    smoothing: float = 0.0,
+) -> Exact:
     """Unreduced loss of (N, C) logits and the gradient for `upstream` (N,), in long double for
     float64 input and float64 for the rest.
+
+    With class weights w and smoothing s: sum over j of c_j (-log p_j), where c_j is s / C w_j and
+    at the target (1 - s) w_t more.
     """
     x = wide(logits)
+    classes = x.shape[1]
     g = upstream.double().numpy().astype(x.dtype)
+    w = np.ones(classes, x.dtype) if weight is None else weight.double().numpy().astype(x.dtype)
+    hard, spread = (
+        (1 - x.dtype.type(smoothing)) * w[target.numpy()],
+        x.dtype.type(smoothing) / classes,
+    )
     rows, t = np.arange(x.shape[0]), target.numpy()
     shifted = x - x.max(1, keepdims=True)
     at_target = shifted[rows, t]
@@ -74,9 +89,14 @@ def exact(logits: torch.Tensor, target: torch.Tensor, upstream: torch.Tensor) ->
     rest = others.sum(1)
     total = rest + np.exp(at_target)
     # Where the target is the maximum, log(total) = log1p(rest) without the cancellation.
-    loss = np.where(at_target == 0, np.log1p(rest), np.log(total) - at_target)
-    gradient = others / total[:, None]
-    gradient[rows, t] = -rest / total
+    nll = np.where(at_target == 0, np.log1p(rest), np.log(total) - at_target)
+    loss = hard * nll
+    gradient = (hard + spread * w.sum())[:, None] * others / total[:, None]
+    gradient[rows, t] = -hard * rest / total
+    if smoothing:
+        loss += spread * (w * (nll[:, None] + at_target[:, None] - shifted)).sum(1)
+        gradient -= spread * w
+        gradient[rows, t] += spread * w.sum() * np.exp(at_target) / total
     return Exact(loss, gradient * g[:, None])
 
 

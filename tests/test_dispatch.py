@@ -8,6 +8,7 @@ import textwrap
 import threading
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,13 @@ def test_the_native_extension_is_not_built():
     assert native.extension is not None, native._reason
     assert native.isa() == native.isas()[-1] or os.environ.get("FASTGPT_CPU_ISA")
     assert native.isas()[0] == "scalar"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is installed on Linux only")
+def test_triton_is_off_where_it_can_run():
+    """Without it the tests of its kernels are skipped."""
+    for op in ("cross_entropy", "scaled_dot_product_attention"):
+        assert dispatch.lookup(op, "triton", "cpu" if interpreter.ON else "cuda").reason == ""
 
 
 # ---- fastgpt.backend ----
@@ -166,6 +174,25 @@ def test_explain_runs_the_kernel():
     assert fastgpt.explain(fastgpt.cross_entropy, LOGITS, TARGET + 50).backend == "native"
 
 
+@pytest.mark.skipif(not interpreter.ON, reason="Triton compiles its kernels on this machine")
+def test_the_interpreter_runs_unasked_or_explain_does_not_say_so():
+    tokens = torch.zeros(1, 2, 3, 4)
+    for function, call, probabilities in (
+        (fastgpt.cross_entropy, (LOGITS, TARGET), (LOGITS, LOGITS.softmax(1))),
+        (fastgpt.scaled_dot_product_attention, (tokens,) * 3, (tokens, tokens, tokens[..., :0])),
+    ):
+        explanation = fastgpt.explain(function, *probabilities)
+        assert explanation.backend == "eager"
+        reasons = dict(explanation.decisions)
+        assert reasons["triton"] == (
+            "its interpreter runs only when asked for, by fastgpt.backend('triton')"
+        )
+        with fastgpt.backend("triton"):
+            assert fastgpt.explain(function, *call).backend == "triton"
+            assert fastgpt.explain(function, *probabilities).backend == "eager"
+        assert fastgpt.explain(function, *call).backend == "native"
+
+
 # ---- instruction sets ----
 
 
@@ -222,9 +249,7 @@ def test_fastgpt_backend_is_ignored_or_final():
      ("triton", "RuntimeError: FASTGPT_BACKEND: the backend 'triton' is off")],
 )  # fmt: skip
 def test_a_fastgpt_backend_that_cannot_run_is_ignored(value, error):
-    if value == "triton" and any(
-        c.backend == "triton" and c.available for c in dispatch.TABLE.values()
-    ):
+    if value == "triton" and not interpreter.ON:
         pytest.skip("triton runs on this machine")
     shown = python(SHOW, FASTGPT_BACKEND=value)
     assert shown.returncode != 0
@@ -242,6 +267,91 @@ def test_an_unknown_fastgpt_cpu_isa_is_ignored():
     shown = python(SHOW, FASTGPT_CPU_ISA="sse9")
     assert shown.returncode != 0
     assert "ValueError: FASTGPT_CPU_ISA: expected one of 'scalar'" in shown.stderr
+
+
+def test_fastgpt_backend_does_not_reach_the_interpreter():
+    pytest.importorskip("triton")
+    shown = python(SHOW, FASTGPT_BACKEND="triton", TRITON_INTERPRET="1")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.split()[0] == "triton"
+
+
+# ---- without Triton, or without what it needs ----
+
+CHANGES = {
+    "nothing": "",
+    "no triton": "hidden = 'triton'",
+    "no numpy": "hidden = 'numpy'",
+    "an old triton": "versions = {'triton': '3.5.1'}",
+    "an old pytorch-triton": "versions = {'pytorch-triton': '3.5.1+git', 'triton': None}",
+    "CUDA": "cuda = '13.0'",
+}
+PRETEND = """
+import importlib.machinery, importlib.metadata, json, warnings
+hidden, versions, cuda = None, {{}}, None
+{change}
+find, version = importlib.machinery.PathFinder.find_spec, importlib.metadata.version
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] == hidden else find(name, path, target)
+def pretended_version(name):
+    if name in versions and versions[name] is None:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return versions.get(name) or version(name)
+importlib.machinery.PathFinder.find_spec = find_spec
+importlib.metadata.version = pretended_version
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+import torch
+torch.version.cuda = cuda
+import fastgpt
+cells = [c for c in fastgpt.info().cells if c["backend"] == "triton"]
+loss = fastgpt.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())
+assert abs(loss.item() - 1.0986123) < 1e-6
+refused = ""
+try:
+    with fastgpt.backend("triton"):
+        pass
+except RuntimeError as error:
+    refused = str(error)
+print(json.dumps({{
+    "reasons": {{d: [c["reason"] for c in cells if c["device"] == d] for d in ("cpu", "cuda")}},
+    "refused": refused,
+    "text": str(fastgpt.info()),
+}}))
+"""
+ASK = "Triton runs on a CPU only in its interpreter, for tests: set TRITON_INTERPRET=1"
+UNSET = "TRITON_INTERPRET is set, and the interpreter is slower than eager: unset it"
+MISSING = "Triton is not installed: run `pip install triton`"
+OLD = "Triton {} is older than 3.6: run `pip install -U triton`"
+
+
+@pytest.mark.parametrize(
+    ("change", "interpreted", "cpu", "cuda"),
+    [
+        ("nothing", False, ASK, f"torch {torch.__version__} is a build without CUDA and ROCm"),
+        ("nothing", True, "", UNSET),
+        ("CUDA", False, ASK, ""),
+        ("no triton", False, MISSING, MISSING),
+        ("no triton", True, MISSING, MISSING),
+        ("no numpy", False, ASK, f"torch {torch.__version__} is a build without CUDA and ROCm"),
+        ("no numpy", True, "Triton's interpreter needs NumPy: run `pip install numpy`", UNSET),
+        ("an old triton", True, OLD.format("3.5.1"), OLD.format("3.5.1")),
+        ("an old pytorch-triton", False, OLD.format("3.5.1+git"), OLD.format("3.5.1+git")),
+    ],
+)
+def test_the_reason_why_triton_is_off_is_wrong_or_not_told(change, interpreted, cpu, cuda):
+    if change not in ("no triton", "nothing"):
+        pytest.importorskip("triton")
+    environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
+    shown = python(PRETEND.format(change=CHANGES[change]), **environment)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["reasons"] == {"cpu": [cpu] * 2, "cuda": [cuda] * 2}
+    if cpu and cuda:
+        assert cpu in found["refused"]
+        assert cuda in found["refused"]
+    else:
+        assert not found["refused"]
+    assert all(reason in found["text"] for reason in (cpu, cuda))
 
 
 # ---- without the extension ----

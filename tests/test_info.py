@@ -8,6 +8,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 
@@ -20,7 +21,10 @@ DEVICES = ("cpu", "cuda")
 
 
 def show(*arguments: str) -> str:
+    """What the command prints where Triton runs as it does in this process."""
     environment = dict(os.environ, PYTHONPATH=str(Path(fastgpt.__file__).parent.parent))
+    if interpreter.ON:
+        environment["TRITON_INTERPRET"] = "1"
     shown = subprocess.run(
         [sys.executable, "-W", "error", "-m", "fastgpt.info", *arguments],
         env=environment,

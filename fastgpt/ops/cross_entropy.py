@@ -272,12 +272,15 @@ class CrossEntropyBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.options = inputs[6:8]
+        ctx.set_materialize_grads(False)  # else a weight has a tangent of zeros
         ctx.save_for_backward(*inputs[:4])
         ctx.save_for_forward(*inputs[:4])
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, v: Tensor | None) -> tuple[Any, ...]:
         _refuse_weight_gradient(ctx.needs_input_grad[3])
+        if v is None:
+            return (None,) * 9
         grad_loss, *tensors = ctx.saved_tensors
         adjoints = _Rows(*tensors, *ctx.options).second_order(v, grad_loss)
         return *adjoints, *(None,) * 7
@@ -330,13 +333,16 @@ class CrossEntropy(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[3:]
+        ctx.set_materialize_grads(False)  # else a weight has a tangent of zeros
         # The same tensors for both: torch's vmap rule keeps the batch dimensions of one list only.
         ctx.save_for_backward(*inputs[:3], *output[1:])
         ctx.save_for_forward(*inputs[:3], *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         _refuse_weight_gradient(ctx.needs_input_grad[2])
+        if grad_loss is None:
+            return (None,) * 6
         gradient = CrossEntropyBackward.apply(grad_loss, *ctx.saved_tensors, *ctx.options)
         return gradient, *(None,) * 5
 

@@ -13,7 +13,8 @@ import torch
 
 from fastgpt import dispatch
 from fastgpt.backends import coverage
-from fastgpt.backends.triton.chips import unserved
+from fastgpt.backends.triton import tiles
+from fastgpt.backends.triton.chips import chip_of, unserved
 from fastgpt.dispatch import Cell, register
 from fastgpt.ops import attention as attention_op
 from fastgpt.ops import cross_entropy as cross_entropy_op
@@ -21,7 +22,6 @@ from fastgpt.ops.attention import AttentionCall
 from fastgpt.ops.cross_entropy import CrossEntropyCall
 
 OLDEST = (3, 6)
-MAX_HEAD_DIM = 256
 
 
 def version() -> str | None:
@@ -81,7 +81,18 @@ def _covers_cross_entropy(call: CrossEntropyCall) -> str:
 
 
 def _covers_attention(call: AttentionCall) -> str:
-    return _covers_device(call.query.device) or coverage.attention(call, MAX_HEAD_DIM)
+    query = call.query
+    return _covers_device(query.device) or coverage.attention(
+        call, _max_head_dim(query.device, query.dtype.itemsize)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _max_head_dim(device: torch.device, itemsize: int) -> int:
+    # A device that is not there has fake tensors only.
+    if device.type == "cpu" or (device.index or 0) >= torch.cuda.device_count():
+        return tiles.INTERPRETED_HEAD_DIM
+    return tiles.max_head_dim(chip_of(device), itemsize)
 
 
 for _device, _reason in (("cpu", _cpu_reason()), ("cuda", _cuda_reason())):
