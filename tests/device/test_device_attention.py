@@ -8,8 +8,8 @@ from device_oracle import attention, both, check_attention, exact_attention, nor
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
-# Each is three kernels to compile: a matter of seconds in 16 bits, and of many in float32, whose
-# products are unrolled. So only the accuracy of float32 is looked at, and the rest in bfloat16.
+# Each is three kernels to compile, a matter of seconds. So of the other types only the accuracy is
+# looked at, and the rest in bfloat16.
 CASES = [
     *((dtype, D) for dtype in (BF16, FP16) for D in (64, 80, 128)),
     *((dtype, 64) for dtype in (FP32, FP64)),
