@@ -63,6 +63,20 @@ def assert_exact(backend, inputs, *, slack=64, **options):
     return got
 
 
+def assert_unreached(kernel, got, want):
+    """What a hidden number must not change. Triton's kernels go another way where a tile of results
+    is not finite, whose sums have another order; so within their roundings.
+    """
+    if kernel.name != "triton":
+        assert_same(kernel, got, want)
+        return
+    for name, ours, expected in zip(TENSORS, got, want, strict=True):
+        accumulator = torch.promote_types(ours.dtype, torch.float32)
+        u = 4 * half_ulp(ours.dtype) + 32 * half_ulp(accumulator)
+        error = (ours.double() - expected.double()).abs().max()
+        assert error <= u * expected.abs().max(), name
+
+
 def causal_mask(L, S):
     return torch.ones(L, S, dtype=torch.bool).tril()
 
@@ -168,11 +182,12 @@ def test_the_remainder_of_a_tile_loses_accuracy(backend, L, S, is_causal, dtype)
     assert_error_within_twice_torchs(backend, problem, dtype)
 
 
+@pytest.mark.interpreted(dtype=[torch.float32])
+@pytest.mark.interpreted(D=(1, 8, 16, 17, 80, 256), dtype=[torch.float64, *REDUCED_DTYPES])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("D", "Dv"), HEAD_DIM_PAIRS)
 def test_the_remainder_of_a_head_dim_loses_accuracy(backend, D, Dv, dtype):
-    problem = Problem(19, 37, D, Dv, heads=1 if backend.interpreted else 2)
-    assert_error_within_twice_torchs(backend, problem, dtype)
+    assert_error_within_twice_torchs(backend, Problem(19, 37, D, Dv), dtype)
 
 
 @pytest.mark.interpreted(head_dim=[80])
@@ -439,7 +454,7 @@ def test_what_no_query_may_see_reaches_a_result(kernel, kind, poison, dtype):
             poisoned(value, hidden, poison) if bad_value else value,
         )
         got = attention_gradients(kernel.attention, inputs, upstream, **options)
-        assert_same(kernel, got, clean)
+        assert_unreached(kernel, got, clean)
     for gradient in clean[2:]:
         assert not gradient[:, :, hidden].any()
 
@@ -460,7 +475,7 @@ def test_a_query_that_sees_nothing_reaches_a_result(kernel, kind, poison):
         poisoned(upstream, empty, poison),
         attn_mask=mask,
     )
-    assert_same(kernel, got, clean)
+    assert_unreached(kernel, got, clean)
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
@@ -480,8 +495,7 @@ def test_one_document_of_a_packed_sequence_reaches_another(kernel, kind, poison)
         tensors = [*inputs, upstream]
         tensors[which] = poisoned(tensors[which], [first, 100, L - 1], poison)
         got = attention_gradients(kernel.attention, tensors[:3], tensors[3], attn_mask=mask)
-        for name, ours, want in zip(TENSORS, got, clean, strict=True):
-            assert torch.equal(ours[:, :, :first], want[:, :, :first]), name
+        assert_unreached(kernel, *([x[:, :, :first] for x in y] for y in (got, clean)))
         assert not all(tensor.isfinite().all() for tensor in got)
 
 
