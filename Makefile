@@ -13,8 +13,9 @@ FORMATTED := $(wildcard csrc/*.cpp csrc/cpu/* tests/*.cpp benchmarks/*.cpp)
 demo: $(VENV)/installed
 	$(BIN)/python -m fastgpt.gpt.demo
 
+# A process for each core, with a thread each: most of the time Triton's interpreter takes, on one.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # What a reviewer would say first: formatting, lint, types.
 lint: $(VENV)/installed

@@ -227,6 +227,10 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"
 
 
+def _rate(number: float, unit: str) -> str:
+    return f"{number / 1e12:.2f} T{unit}" if number >= 1e12 else f"{number / 1e9:.1f} G{unit}"
+
+
 def headline(comparison: Comparison) -> str:
     parts = [
         f"{comparison.shape} ({comparison.shape.name}): fastgpt is {comparison.kernel}",
@@ -267,7 +271,7 @@ def markdown(comparison: Comparison) -> str:
                 "1" if row.provider == peers.FASTGPT else f"{median:.2f} [{low:.2f}, {high:.2f}]"
             )
         for which, work in zip(PASSES, shape.work(), strict=False):
-            rate = f"{work / row.median(which) / 1e9:.1f} G{shape.unit}"
+            rate = _rate(work / row.median(which), shape.unit)
             if floor.measured:
                 rate += f" ({floor.median(which) / row.median(which):.0%})"
             cells.append(rate)

@@ -26,11 +26,11 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 def cuda_peak_bytes(function: Callable[[], Any]) -> int:
-    """The same of a GPU's allocator, which gives memory in pieces of 512 bytes."""
+    """The same of a GPU's allocator: what was asked of it, not the larger blocks that it gave."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     kept = function()
     torch.cuda.synchronize()
     del kept
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before

@@ -19,7 +19,9 @@ import platform
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,7 +169,8 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
             at = index * step + place
             row = comparison.row(name)
             if not row.measured:
-                axes.text(1 + reach * 0.012, at, f"{name}: {row.reason}", va="center", fontsize=8)
+                reason = textwrap.shorten(f"{name}: {row.reason}", 70, placeholder=" …")
+                axes.text(1 + reach * 0.012, at, reason, va="center", fontsize=8)
                 continue
             low, median, high = comparison.ratio(name, "full")
             axes.barh(at, median, color=palette[name], height=0.85, label=name)
@@ -175,7 +178,8 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
                 median, at, xerr=[[median - low], [high - median]], color="0.15", capsize=2, lw=1
             )
             beside = high if median > 1 else max(high, 1)  # clear of the line at 1
-            axes.text(beside + reach * 0.012, at, f"{median:.1f}", va="center", fontsize=9)
+            ratio = f"{median:.2f}" if median < 10 else f"{median:.0f}"
+            axes.text(beside + reach * 0.012, at, ratio, va="center", fontsize=9)
         floor = comparison.shape.floor_name
         if comparison.row(floor).measured:
             _, fraction, _ = comparison.ratio(floor, "full")
@@ -195,7 +199,7 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
             for c in comparisons
         ],
     )
-    axes.invert_yaxis()
+    axes.set_ylim(len(comparisons) * step - 0.5, -1.5)  # the first one on top
     axes.set_xlim(0, reach * 1.1)
     axes.set_xlabel("time ÷ fastgpt's time, forward + backward (median, quartiles)")
     if device == "cpu":
@@ -248,7 +252,7 @@ def main() -> None:
     ]
     name = where["cpu"] if arguments.device == "cpu" else where["gpu"]
     print(f"{name}, torch {where['torch']}, commit {where['commit']}")
-    if where["load_average"] > 0.5:
+    if arguments.device == "cpu" and where["load_average"] > 0.5:
         print(f"Other work disturbs this: the load average was {where['load_average']:.1f}.")
     end = time.monotonic() + arguments.seconds
     red: list[str] = []
@@ -268,7 +272,7 @@ def main() -> None:
 def _compare_each(
     shapes: Iterable[Shape], budget: float, end: float, red: list[str]
 ) -> Iterator[Comparison]:
-    """A shape without a comparison has its reason printed, and in `red` if a gate is."""
+    """A shape without a comparison has its reason printed, and in `red` if it is an error."""
     longest = 0.0  # that a shape took so far
     for shape in shapes:
         start = time.monotonic()
@@ -277,11 +281,14 @@ def _compare_each(
             continue
         try:
             yield compare(shape, budget=budget)
-        except RedGateError as error:
-            red.append(f"{shape}: no report: {error}")
-            print(f"\n{red[-1]}", flush=True)
         except UnavailableError as unavailable:
             print(f"\n{shape} ({shape.name}): left out: {unavailable}", flush=True)
+        except Exception as error:  # whatever it is, the other shapes may do
+            if not isinstance(error, RedGateError):
+                traceback.print_exc()
+            first = (str(error).splitlines() or [""])[0]
+            red.append(f"{shape}: no report: {type(error).__name__}: {first}")
+            print(f"\n{red[-1]}", flush=True)
         longest = max(longest, time.monotonic() - start)
 
 

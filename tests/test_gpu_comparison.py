@@ -45,8 +45,10 @@ def fake_cuda(monkeypatch):
         "empty_cache": lambda: None,
         "mem_get_info": lambda: (1 << 30, 1 << 30),
         "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 100,
-        "max_memory_allocated": lambda: 612,
+        "memory_stats": lambda: {
+            "requested_bytes.all.current": 100,
+            "requested_bytes.all.peak": 612,
+        },
         "current_device": lambda: 0,
         "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 20),
     }
@@ -300,17 +302,18 @@ def reported(monkeypatch, tmp_path, capsys):
     return run
 
 
-def test_a_red_gate_ends_the_report_or_is_no_error(reported):
+@pytest.mark.parametrize("error", [compare.RedGateError, RuntimeError])
+def test_a_red_gate_or_an_error_ends_the_report_or_is_none(reported, error):
     def comparison(name):
         if name == "gpt2-fp32":
-            raise compare.RedGateError("wrong")
+            raise error("wrong")
         if name == "demo-fp32":
             raise UnavailableError("needs 80 GiB")
         return name
 
     written, ended, shown = reported(comparison)
     assert written == ["char-fp32"]
-    assert "no report: wrong" in str(ended)
+    assert f"no report: {error.__name__}: wrong" in str(ended)
     assert "left out: needs 80 GiB" in shown
 
 

@@ -35,9 +35,8 @@ def code(text: str) -> tuple[str, ...]:
 # ---- the check ----
 
 
-@pytest.mark.parametrize("quick", [(), ("--quick",)], ids=["full", "quick"])
-def test_a_machine_without_a_gpu_is_not_told_so(quick):
-    ended = python("-m", "benchmarks.gpu", *quick, CUDA_VISIBLE_DEVICES="")
+def test_a_machine_without_a_gpu_is_not_told_so():
+    ended = python("-m", "benchmarks.gpu", "--quick", CUDA_VISIBLE_DEVICES="")
     assert ended.returncode != 0
     assert "no GPU to test on: torch" in ended.stderr
     assert "summary" not in ended.stdout
@@ -132,6 +131,14 @@ def test_time_that_a_stage_leaves_is_lost(tmp_path, capsys):
     assert int(limits[1]) > 50
 
 
+def test_a_stage_runs_beyond_the_deadline(tmp_path):
+    start = time.monotonic()
+    sleep = (code("import time; time.sleep(100)"),)
+    outcomes = gpu.run([Stage("a", 100, sleep), Stage("b", 100, sleep)], tmp_path, start + 6)
+    assert [outcome.state for outcome in outcomes] == ["cut", "cut"]
+    assert time.monotonic() - start < 8
+
+
 def test_commands_of_a_stage_run_one_after_another(tmp_path):
     waiting = code("import time; time.sleep(2)")
     (outcome,) = gpu.run([Stage("both", 30, (waiting, waiting))], tmp_path)
@@ -168,7 +175,7 @@ def test_absent(): pytest.skip("needs two GPUs")
 
 def test_no_stage_that_failed_makes_the_command_fail(monkeypatch, tmp_path, capsys):
     def fake(state):
-        return lambda stages: [Outcome(Stage("s", 1), state, 0.1)]
+        return lambda stages, deadline: [Outcome(Stage("s", 1), state, 0.1)]
 
     check = subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(gpu.subprocess, "run", lambda *a, **k: check)
@@ -184,7 +191,7 @@ def test_no_stage_that_failed_makes_the_command_fail(monkeypatch, tmp_path, caps
 def test_the_budgets_exceed_ten_or_three_minutes():
     """With some seconds for the check before them."""
     assert sum(stage.budget for stage in gpu.stages(quick=False)) <= 580
-    assert sum(stage.budget for stage in gpu.stages(quick=True)) <= 170
+    assert sum(stage.budget for stage in gpu.stages(quick=True)) <= 174
 
 
 def test_a_missing_package_is_not_mentioned(monkeypatch):
@@ -217,12 +224,21 @@ def test_a_file_of_device_tests_is_run_by_no_stage():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tests", gpu.DEVICE_TESTS + gpu.ORDINARY_TESTS, ids=lambda t: t.path)
-def test_the_quick_run_takes_nothing_of_a_file(tests):
-    for command in tests.commands(quick=True):
-        ended = python(*command[1:], "--collect-only")
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        assert re.search(r"\d+(/\d+)? tests? collected", ended.stdout), ended.stdout
+def test_a_run_takes_nothing_of_a_file():
+    """Of each -k expression, whether it holds for any test of its file."""
+    files = gpu.DEVICE_TESTS + gpu.ORDINARY_TESTS
+    command = ("-m", "pytest", "--collect-only", "-q", "-m", "not slow")
+    listed = python(*command, *(tests.path for tests in files)).stdout.splitlines()
+
+    def holds(expression: str, name: str) -> bool:
+        word = r"\b(?!(?:and|or|not)\b)\w+"
+        return eval(re.sub(word, lambda found: str(found[0].lower() in name.lower()), expression))
+
+    for tests in files:
+        names = [line for line in listed if line.startswith(f"{tests.path}::")]
+        for expression in filter(None, (tests.full, tests.quick)):
+            assert any(holds(expression, name) for name in names), tests
+    assert next(gpu.DEVICE_TESTS[0].commands(quick=True))[-2:] == ("-m", "not slow")
 
 
 # ---- the tests of the device, without one ----
@@ -244,12 +260,15 @@ def test_device_tests_vanish_silently_or_can_not_be_imported():
     [
         ("cross_entropy", "strides or ignored or (smoothing and 130) or (exact and 1025)"),
         ("attention", "group or hidden or (exact and bfloat16 and 80) or (mask and bool)"),
+        ("execution", "eager"),
+        ("large", "wrong"),
     ],
 )
 def test_a_device_test_that_needs_only_its_kernels_fails(file, choice):
     """In the interpreter, so only its own mistakes and the kernels' arithmetic show."""
     ended = python(
-        *("-m", "pytest", "-q", f"tests/device/test_device_{file}.py", "-k", choice),
+        *("-m", "pytest", "-q", f"tests/device/test_device_{file}.py"),
+        *("-k", choice, "-m", "not slow"),
         FASTGPT_TEST_DEVICE="cpu",
         TRITON_INTERPRET="1",
         CUDA_VISIBLE_DEVICES="",

@@ -171,7 +171,12 @@ def test_what_ptxas_says_is_misread():
 
 def test_amds_metadata_is_misread():
     used = aot.parse_amdgcn(AMDGCN)
-    assert (used.registers, used.stack, used.spill_stores) == (132, 20, 20)
+    assert (used.registers, used.stack, used.spill_stores) == (132, 20, 12)
+    assert used.warnings == ("scalar registers spill into vector registers",)
+    assert (
+        aot.parse_amdgcn(AMDGCN.replace("sgpr_spill_count: 2", "sgpr_spill_count: 0")).warnings
+        == ()
+    )
     with pytest.raises(ValueError, match="vgpr_count"):
         aot.parse_amdgcn(AMDGCN.replace(".vgpr_count", ".other"))
 
@@ -294,13 +299,13 @@ def test_the_roofline_miscounts():
     shape = "(1, 8, 4096, 128) causal bfloat16"
     forward = limits["attention forward", shape].amount
     assert forward == 4 * 8 * 4096**2 * 128 / 2
-    passes = [limits[f"attention backward, {which}", shape] for which in ("dq", "dk and dv")]
+    passes = [limits[f"attention {which} gradient", shape] for which in ("query", "key")]
     assert sum(limit.amount for limit in passes) == forward * 7 / 2
     assert sum(limit.seconds for limit in passes) == pytest.approx(152.2e-6, rel=1e-3)
 
 
 def test_the_document_does_not_list_its_rows():
-    used = FITS._asdict()
+    used = FITS._replace(warnings=("it is slow",))._asdict()
     rows = [
         report.Row("sm_90", "attention forward", "m 128, n 64, 8 warps", "4 L S D", used, []),
         report.Row("gfx942", "attention forward", "m 64, n 64, 4 warps", "4 L S D", used, []),
@@ -309,6 +314,7 @@ def test_the_document_does_not_list_its_rows():
     document = report.document(rows, "3.7.1")
     assert "Triton 3.7.1" in document
     assert "| attention forward | m 128, n 64, 8 warps | 64 | 1 | 8 (50%) | 4 mma |" in document
+    assert "sm_90: it is slow, in 1 of these kernels, as attention forward." in document
     assert report.listed(document) == {row[:3] for row in rows}
 
 

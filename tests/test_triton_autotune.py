@@ -63,7 +63,8 @@ def device(folder, monkeypatch):
     device = Device()
     monkeypatch.setattr(autotune, "enabled", lambda: True)
     monkeypatch.setattr(autotune, "_on_gpu", lambda: True)
-    monkeypatch.setattr(autotune, "_device", lambda: "NVIDIA H200")
+    monkeypatch.setattr(autotune, "_device", lambda: 0)
+    monkeypatch.setattr(autotune, "_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(autotune, "_capturing", lambda: device.capturing)
     restart()
     yield device
@@ -97,13 +98,15 @@ def test_a_choice_is_made_again_in_the_same_process_or_the_next(device, folder):
 def test_a_choice_is_taken_for_another_kernel_shape_or_table(device, change):
     device.best()
     before = device.measured
+    restart()
     device.best(**change)
     assert device.measured == before + 2
 
 
-@pytest.mark.parametrize("what", ["_device", "version"])
+@pytest.mark.parametrize("what", ["_device_name", "version"])
 def test_a_choice_is_taken_for_another_device_or_triton(device, monkeypatch, what):
     device.best()
+    monkeypatch.setattr(autotune, "_device", lambda: 1)
     monkeypatch.setattr(autotune, what, lambda: "another")
     device.best()
     assert device.measured == 4

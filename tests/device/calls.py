@@ -64,7 +64,9 @@ def attention_with_mask(seed: int = 0, device: str = "cuda") -> Call:
     def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return fastgpt.scaled_dot_product_attention(q, k, v, mask)
 
-    *leaves, upstream = (normal(2, 3, 150, 80, device=device, seed=seed + i) for i in range(4))
+    *leaves, upstream = (
+        normal(2, 3, 150, 80, dtype=torch.float16, device=device, seed=seed + i) for i in range(4)
+    )
     mask = normal(2, 1, 150, 150, device=device, seed=seed + 20) > -0.5
     return Call(function, tuple(x.requires_grad_() for x in leaves), (mask,), upstream)
 

@@ -1,5 +1,6 @@
 """How the ops run on a GPU: by default, without waiting for it, on any stream, in a CUDA graph."""
 
+import memcheck
 import pytest
 import torch
 from calls import CALLS
@@ -54,6 +55,7 @@ def test_a_call_is_not_what_eager_computes(device, make):
 
 
 @calls
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_call_waits_for_the_gpu(gpu, make):
     call = make()
     call.run()  # compiled and loaded
@@ -105,6 +107,11 @@ def test_a_replayed_graph_gives_an_old_answer(gpu, make):
         graph.replay()
         torch.cuda.synchronize()
         assert_equal(got, fresh.run())
+
+
+def test_the_script_for_the_memory_checker_fails(gpu):
+    """Without the checker, which then finds the kernels in Triton's cache."""
+    memcheck.main()
 
 
 @calls

@@ -64,8 +64,12 @@ print(fastgpt.cross_entropy(x, t.where(t != -100, 999999), ignore_index=999999).
 
 @pytest.mark.slow
 def test_autotuning_measures_nothing_or_forgets(gpu, tmp_path):
+    """Among the first three candidates of each kernel: all of them take minutes to compile."""
     code = """
 import time, torch, fastgpt
+from fastgpt.backends.triton import tiles
+every = tiles.candidates
+tiles.candidates = lambda *problem: every(*problem)[:3]
 q = torch.randn(1, 4, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 start = time.perf_counter()
 y = fastgpt.scaled_dot_product_attention(q, q, q, is_causal=True)
@@ -77,9 +81,11 @@ print(time.perf_counter() - start)
     first = python(code, **cache)
     assert first.returncode == 0, first.stderr
     files = sorted(tmp_path.rglob("autotune/*.json"))
-    assert files, "no choice was stored"
+    assert len(files) == 3, "no choice was stored for a kernel"
     for file in files:
-        assert json.loads(file.read_text())["config"]
+        stored = json.loads(file.read_text())
+        assert stored["config"]
+        assert len(stored["milliseconds"]) > 1
     stamps = [file.stat().st_mtime_ns for file in files]
     second = python(code, **cache)
     assert second.returncode == 0, second.stderr

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fastgpt.backends.triton.chips import Chip, target
@@ -35,7 +36,7 @@ class Resources(NamedTuple):
     threads: int  # of a block
     blocks: int  # that a multiprocessor holds at once
     instructions: dict[str, int]  # how often each of `Compilation.instructions` occurs
-    warnings: tuple[str, ...]  # of ptxas, about lost performance
+    warnings: tuple[str, ...]  # about performance that is lost otherwise
 
 
 def compile(compilation: Compilation, chip: Chip) -> Resources:
@@ -85,7 +86,7 @@ def _compile(compilation: Compilation, chip: Chip, attributes: dict[str, Any]) -
     from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
 
-    kernel = compilation.kernel
+    kernel, gpu = compilation.kernel, target(chip)
     source = ASTSource(
         kernel,
         compilation.signature,
@@ -93,18 +94,20 @@ def _compile(compilation: Compilation, chip: Chip, attributes: dict[str, Any]) -
         {(kernel.arg_names.index(name),): value for name, value in attributes.items()},
     )
     options = {"debug": bool(kernel.debug), **compilation.options}  # as a launch sets it
-    with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the code that it can't compile
-        compiled = triton.compile(source, target=target(chip), options=dict(options))
-    metadata = compiled.metadata
-    threads = metadata.num_warps * chip.warp_size
+    with _ptxas_log() as log:
+        compiled = triton.compile(source, target=gpu, options=dict(options))
     if chip.backend == "hip":
         assembly = compiled.asm["amdgcn"]
         used = parse_amdgcn(assembly)
     else:
         assembly = compiled.asm["ptx"]
-        backend = make_backend(target(chip))
-        log = _ptxas(backend, assembly, backend.parse_options(dict(options)), chip)
-        used = parse_ptxas(log)
+        if not log.getvalue():  # the code was in Triton's cache
+            backend = make_backend(gpu)
+            with _ptxas_log() as log:
+                backend.make_cubin(assembly, {}, backend.parse_options(dict(options)), chip.arch)
+        used = parse_ptxas(log.getvalue())
+    metadata = compiled.metadata
+    threads = metadata.num_warps * chip.warp_size
     shared, tensor_memory = metadata.shared, getattr(metadata, "tmem_size", None) or 0
     return used._replace(
         shared_memory=shared,
@@ -129,19 +132,21 @@ def _worse(a: Resources, b: Resources) -> Resources:
         threads=a.threads,
         blocks=min(a.blocks, b.blocks),
         instructions={what: min(n, b.instructions[what]) for what, n in a.instructions.items()},
-        warnings=a.warnings,
+        warnings=tuple(dict.fromkeys(a.warnings + b.warnings)),
     )
 
 
-def _ptxas(backend: Any, ptx: str, options: Any, chip: Chip) -> str:
-    """What ptxas says: Triton runs it with -v and its own flags, and keeps the log to itself."""
+@contextlib.contextmanager
+def _ptxas_log() -> Iterator[io.StringIO]:
+    """What ptxas says: Triton runs it with -v and its own flags, and shows the log if asked. Takes
+    whatever else is printed, too: where Triton or ptxas fails, that is all of the code.
+    """
     from triton import knobs
 
     log = io.StringIO()
     with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
-        backend.make_cubin(ptx, {}, options, chip.arch)
-    return log.getvalue()
+        yield log
 
 
 _NOTHING = Resources(0, 0, 0, 0, 0, 0, 0, 0, {}, ())
@@ -171,8 +176,8 @@ def parse_ptxas(log: str) -> Resources:
 def parse_amdgcn(assembly: str) -> Resources:
     """The registers, spills and stack in the metadata of one kernel's assembly.
 
-    Vector registers include the accumulators. The metadata counts the stores of spilled registers,
-    and a scalar register spills into a lane of a vector register.
+    Vector registers include the accumulators. The metadata counts the stores of spilled registers.
+    A scalar register spills into a lane of a vector register, which costs no memory: a warning.
     """
 
     def field(name: str) -> int:
@@ -181,12 +186,14 @@ def parse_amdgcn(assembly: str) -> Resources:
             raise ValueError(f"the assembly's metadata has no {name}")
         return int(found[1])
 
-    spills = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+    spills = 4 * field("vgpr_spill_count")
     return _NOTHING._replace(
         registers=field("vgpr_count"),
         spill_stores=spills,
         spill_loads=spills,
         stack=field("private_segment_fixed_size"),
+        warnings=("scalar registers spill into vector registers",)
+        * bool(field("sgpr_spill_count")),
     )
 
 

@@ -63,8 +63,9 @@ INFINITY = tl.constexpr(math.inf)
 NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
 ADDITIVE_MASK = tl.constexpr(2)
-# Columns of a result that the careful path computes at once, and keys or queries at a time.
-SLICE = tl.constexpr(16)
+# Columns of a result that the careful path computes at once, and keys or queries at a time. The
+# interpreter's time is the number of steps.
+SLICE = tl.constexpr(64 if INTERPRETED else 16)
 
 # ---- numbers ----
 
@@ -1112,8 +1113,8 @@ WORK = {
 VARIANTS = {
     "full": (None, False),
     "causal": (None, True),
-    "causal, bool mask": (torch.bool, True),
-    "additive mask": (torch.float32, False),
+    "causal, bool mask": ("bool", True),
+    "additive mask": ("additive", False),
 }
 
 
@@ -1122,14 +1123,15 @@ def compilation(
 ) -> Compilation:
     """One of `tiles.KERNELS` in one of VARIANTS."""
     B, H, N = 2, 16, 4096
-    mask_dtype, is_causal = VARIANTS[variant]
+    masked, is_causal = VARIANTS[variant]
 
     def new(columns: int) -> Tensor:
         return torch.empty(B, N, H, columns, dtype=dtype, device="meta").transpose(1, 2)
 
     mask = None
-    if mask_dtype is not None:
-        mask = torch.empty(B, 1, N, N, dtype=mask_dtype, device="meta")
+    if masked is not None:
+        of_mask = torch.bool if masked == "bool" else accumulator_dtype(dtype)
+        mask = torch.empty(B, 1, N, N, dtype=of_mask, device="meta")
     call = _checked(new(head_dim), new(head_dim), new(head_dim), mask, is_causal, head_dim**-0.5)
     saved = new_outputs(*call[:3])
     statistics = saved[2].new_empty(2, B, H, N)

@@ -55,15 +55,16 @@ def best(
     """The fastest of the candidates for a kernel; the first one without FASTGPT_AUTOTUNE=1.
 
     `launch(config)` must give the same results however often it runs, and `key`, of numbers and
-    strings, say everything on which the speed depends. A candidate that needs more than the device
-    has is left out. While a CUDA graph is captured nothing can be timed: then it is the choice of
-    an earlier call, or the first candidate.
+    strings, say everything on which the speed and the candidates depend. A candidate that needs
+    more than the device has is left out. While a CUDA graph is captured nothing can be timed: then
+    it is the choice of an earlier call, or the first candidate.
     """
     if len(candidates) == 1 or not enabled() or not _on_gpu():
         return candidates[0]
-    entry = (name, key, chip.name, _device(), version() or "", tuple(candidates))
-    if entry in _chosen:
-        return _chosen[entry]
+    call = (name, key, chip, _device())
+    if call in _chosen:
+        return _chosen[call]
+    entry = (name, key, chip.name, _device_name(), version() or "", tuple(candidates))
     path = _path(entry)
     config = _read(path, candidates)
     if config is None:
@@ -74,7 +75,7 @@ def best(
             return candidates[0]  # which says what it lacks when it is launched
         config = min(times, key=times.__getitem__)
         _write(path, entry, config, times)
-    _chosen[entry] = config
+    _chosen[call] = config
     return config
 
 
@@ -97,6 +98,7 @@ def _measure(
     return times
 
 
+@functools.cache
 def _on_gpu() -> bool:
     """Not in Triton's interpreter, whose times say nothing."""
     return torch.cuda.is_available() and not _interpreted()
@@ -106,7 +108,11 @@ def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _device() -> str:
+def _device() -> int:
+    return torch.cuda.current_device()
+
+
+def _device_name() -> str:
     return torch.cuda.get_device_name()
 
 

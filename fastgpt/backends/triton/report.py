@@ -54,7 +54,7 @@ def configuration(compilation: Compilation) -> str:
     tile = [
         f"{name.removeprefix('BLOCK_').lower()} {value}"
         for name, value in compilation.constants.items()
-        if re.match("BLOCK|ROWS", name)
+        if re.fullmatch("BLOCK|BLOCK_[MN]|ROWS", name)
     ]
     launch = [
         f"{compilation.options[option]} {unit}"
@@ -123,7 +123,7 @@ def roofline() -> list[Limit]:
                 limits.append(Limit(f"cross-entropy {path}", shape, passes * N * C * size, "B"))
     for B, H, L, D in ((1, 8, 4096, 128), (2, 12, 1024, 64), (1, 16, 16384, 128)):
         product = 2 * B * H * L * L * D / 2  # causal: half of the pairs
-        for path, products in (("forward", 2), ("backward, dq", 3), ("backward, dk and dv", 4)):
+        for path, products in (("forward", 2), ("query gradient", 3), ("key gradient", 4)):
             shape = f"({B}, {H}, {L}, {D}) causal bfloat16"
             limits.append(Limit(f"attention {path}", shape, products * product, "FLOP"))
     return limits
@@ -187,19 +187,19 @@ def by_chip(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
-    """What ptxas warns of, and of how many kernels."""
+    """What the compilers warn of, and in how many kernels; no complaint."""
     kernels: dict[str, list[str]] = {}
     for row in rows:
         for warning in (row.resources or {}).get("warnings", ()):
-            kernels.setdefault(warning, []).append(f"{row.chip}: {row.kernel}")
-    return [f"{len(names)} of {names[0]}, ...: {warning}" for warning, names in kernels.items()]
+            kernels.setdefault(f"{row.chip}: {warning}", []).append(row.kernel)
+    return [f"{w}, in {len(ks)} of these kernels, as {ks[0]}." for w, ks in kernels.items()]
 
 
 def text(rows: list[Row], format: Callable[[Table], str]) -> str:
-    """Every table; in markdown a document of its own."""
+    """Every table, each with what is to be noted."""
     parts = []
     for chip, its in by_chip(rows).items():
-        parts += [_title(KNOWN[chip], format), format(resources_table(its))]
+        parts += [_title(KNOWN[chip], format), format(resources_table(its)), *notes(its)]
     parts += ["## The roofline" if format is markdown else "roofline", ROOFLINE]
     parts.append(format(roofline_table(roofline())))
     return "\n\n".join(parts)
@@ -224,7 +224,8 @@ share of its threads that is; *instructions* is how many of those that matter st
 
 ROOFLINE = """What a path has to move or to compute, and the time that means at an H200's 4.3 TB/s
 and 790 TFLOP/s in bfloat16. Attention's backward takes two passes, so that it needs no atomics:
-three products for dq and four for dk and dv, where one pass would do with five in all."""
+three products for the query's gradient and four for key's and value's, where one pass would do with
+five."""
 
 
 def document(rows: list[Row], version: str) -> str:
@@ -266,8 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(document(rows, version))
-    for note in notes(rows):
-        print(f"\nnote: {note}")
     complaints = [f"{row.chip}: {complaint}" for row in rows for complaint in row.complaints]
     print(f"\n{len(rows)} kernels compiled with Triton {version}, {len(complaints)} complaints")
     for complaint in complaints:

@@ -3,6 +3,7 @@
 Imports no Triton: the rules of coverage ask it for the largest head_dim.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -47,216 +48,121 @@ def padded(columns: int) -> int:
     return max(SMALLEST, 1 << (columns - 1).bit_length())
 
 
+_Tile = tuple[int, int, int, int]
+
 # Chosen by compiling: on each chip the largest that spills no register, in any variant of the
-# kernel. Without a mask tensor, and with one.
-_STORED: dict[tuple[str, str, int], dict[int, tuple[Config, Config]]] = {
-    (chip, kernel, itemsize): {
-        width: (Config(*plain), Config(*masked)) for width, (plain, masked) in widths.items()
-    }
-    for (chip, kernel, itemsize), widths in {
-        ("sm_80", "forward", 2): {
-            64: ((128, 64, 4, 3), (128, 64, 8, 3)),
-            128: ((128, 64, 8, 3), (64, 64, 8, 2)),
-            256: ((64, 64, 8, 2), (64, 32, 8, 2)),
-        },
-        ("sm_80", "query gradient", 2): {
-            64: ((128, 64, 8, 2), (128, 64, 8, 2)),
-            128: ((64, 64, 8, 2), (64, 64, 8, 2)),
-            256: ((64, 32, 8, 2), (64, 32, 8, 2)),
-        },
-        ("sm_80", "key gradient", 2): {
-            64: ((64, 128, 8, 2), (64, 128, 8, 2)),
-            128: ((32, 64, 4, 2), (32, 64, 4, 2)),
-            256: ((32, 64, 8, 1), (16, 32, 8, 1)),
-        },
-        ("sm_90", "forward", 2): {
-            64: ((128, 128, 8, 2), (128, 64, 8, 3)),
-            128: ((128, 128, 8, 2), (128, 64, 8, 3)),
-            256: ((64, 64, 8, 2), (64, 64, 8, 2)),
-        },
-        ("sm_90", "query gradient", 2): {
-            64: ((128, 128, 8, 2), (128, 64, 8, 3)),
-            128: ((128, 64, 8, 2), (128, 64, 8, 2)),
-            256: ((64, 64, 8, 2), (64, 64, 8, 2)),
-        },
-        ("sm_90", "key gradient", 2): {
-            64: ((64, 128, 8, 2), (64, 128, 8, 2)),
-            128: ((32, 128, 8, 2), (32, 128, 8, 2)),
-            256: ((32, 32, 8, 2), (32, 32, 8, 2)),
-        },
-        ("sm_100", "forward", 2): {
-            64: ((128, 128, 8, 2), (128, 64, 8, 3)),
-            128: ((128, 128, 8, 2), (128, 64, 8, 3)),
-            256: ((64, 64, 8, 2), (64, 64, 8, 2)),
-        },
-        ("sm_100", "query gradient", 2): {
-            64: ((128, 128, 8, 2), (64, 64, 4, 3)),
-            128: ((128, 64, 8, 2), (128, 64, 8, 2)),
-            256: ((64, 64, 8, 2), (64, 32, 8, 2)),
-        },
-        ("sm_100", "key gradient", 2): {
-            64: ((64, 128, 8, 2), (64, 64, 8, 2)),
-            128: ((64, 128, 8, 2), (32, 128, 8, 2)),
-            256: ((32, 64, 8, 2), (32, 64, 8, 2)),
-        },
-        ("gfx942", "forward", 2): {
-            64: ((128, 32, 4, 1), (128, 32, 4, 1)),
-            128: ((64, 32, 4, 1), (64, 32, 4, 1)),
-            256: ((64, 32, 8, 1), (32, 32, 8, 1)),
-        },
-        ("gfx942", "query gradient", 2): {
-            64: ((64, 32, 4, 1), (128, 64, 8, 1)),
-            128: ((64, 32, 4, 1), (64, 32, 8, 1)),
-            256: ((16, 32, 4, 1), (32, 32, 4, 1)),
-        },
-        ("gfx942", "key gradient", 2): {
-            64: ((32, 64, 4, 1), (32, 32, 4, 1)),
-            128: ((32, 32, 4, 1), (16, 32, 4, 1)),
-            256: ((16, 32, 8, 1), (16, 32, 8, 1)),
-        },
-        ("sm_80", "forward", 4): {
-            64: ((64, 32, 8, 1), (64, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_80", "query gradient", 4): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_80", "key gradient", 4): {
-            64: ((64, 32, 8, 1), (64, 32, 8, 1)),
-            128: ((32, 16, 8, 1), (32, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_80", "forward", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_80", "query gradient", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_80", "key gradient", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_90", "forward", 4): {
-            64: ((64, 32, 8, 1), (64, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_90", "query gradient", 4): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_90", "key gradient", 4): {
-            64: ((64, 32, 8, 1), (64, 32, 8, 1)),
-            128: ((32, 16, 8, 1), (32, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_90", "forward", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_90", "query gradient", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_90", "key gradient", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_100", "forward", 4): {
-            64: ((64, 32, 8, 1), (64, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_100", "query gradient", 4): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_100", "key gradient", 4): {
-            64: ((64, 32, 8, 1), (64, 32, 8, 1)),
-            128: ((32, 16, 8, 1), (32, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_100", "forward", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_100", "query gradient", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("sm_100", "key gradient", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("gfx942", "forward", 4): {
-            64: ((64, 32, 8, 1), (64, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("gfx942", "query gradient", 4): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("gfx942", "key gradient", 4): {
-            64: ((64, 32, 8, 1), (64, 32, 8, 1)),
-            128: ((32, 16, 8, 1), (32, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("gfx942", "forward", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("gfx942", "query gradient", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-        ("gfx942", "key gradient", 8): {
-            64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-            256: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        },
-    }.items()
+# kernel. First of 16 bits, by width: without a mask tensor, and with one.
+_OF_16_BITS: dict[tuple[str, str], dict[int, tuple[_Tile, _Tile]]] = {
+    ("sm_80", "forward"): {
+        64: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        128: ((128, 64, 8, 3), (64, 64, 8, 2)),
+        256: ((64, 64, 8, 2), (64, 32, 8, 2)),
+    },
+    ("sm_80", "query gradient"): {
+        64: ((128, 64, 8, 2), (128, 64, 8, 2)),
+        128: ((64, 64, 8, 2), (64, 64, 8, 2)),
+        256: ((32, 32, 8, 2), (64, 32, 8, 2)),
+    },
+    ("sm_80", "key gradient"): {
+        64: ((64, 128, 8, 2), (64, 128, 8, 2)),
+        128: ((32, 64, 4, 2), (32, 64, 4, 2)),
+        256: ((32, 64, 8, 1), (32, 32, 8, 1)),
+    },
+    ("sm_90", "forward"): {
+        64: ((128, 128, 8, 2), (128, 64, 8, 3)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 3)),
+        256: ((64, 64, 8, 2), (64, 64, 8, 2)),
+    },
+    ("sm_90", "query gradient"): {
+        64: ((128, 128, 8, 2), (128, 64, 8, 3)),
+        128: ((128, 64, 8, 2), (128, 64, 8, 2)),
+        256: ((64, 64, 8, 2), (64, 64, 8, 2)),
+    },
+    ("sm_90", "key gradient"): {
+        64: ((64, 128, 8, 2), (64, 128, 8, 2)),
+        128: ((32, 128, 8, 2), (32, 128, 8, 2)),
+        256: ((32, 32, 8, 2), (32, 32, 8, 2)),
+    },
+    ("sm_100", "forward"): {
+        64: ((128, 128, 8, 2), (128, 64, 8, 3)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 3)),
+        256: ((64, 64, 8, 2), (64, 64, 8, 2)),
+    },
+    ("sm_100", "query gradient"): {
+        64: ((128, 128, 8, 2), (64, 64, 4, 3)),
+        128: ((128, 64, 8, 2), (128, 64, 8, 2)),
+        256: ((64, 64, 8, 2), (64, 32, 8, 2)),
+    },
+    ("sm_100", "key gradient"): {
+        64: ((64, 128, 8, 2), (64, 64, 8, 2)),
+        128: ((64, 128, 8, 2), (32, 128, 8, 2)),
+        256: ((32, 64, 8, 2), (32, 64, 8, 2)),
+    },
+    ("gfx942", "forward"): {
+        64: ((128, 32, 4, 1), (128, 32, 4, 1)),
+        128: ((64, 32, 4, 1), (64, 32, 4, 1)),
+        256: ((64, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    ("gfx942", "query gradient"): {
+        64: ((64, 32, 4, 1), (128, 64, 8, 1)),
+        128: ((64, 32, 4, 1), (64, 32, 8, 1)),
+        256: ((16, 32, 4, 1), (32, 32, 4, 1)),
+    },
+    ("gfx942", "key gradient"): {
+        64: ((32, 64, 4, 1), (32, 32, 4, 1)),
+        128: ((32, 32, 4, 1), (16, 32, 4, 1)),
+        256: ((16, 32, 8, 1), (16, 32, 8, 1)),
+    },
 }
+
+# Wider types are multiplied by ordinary multiply-adds (float64 by DMMA or MFMA where there is one),
+# for which Triton keeps whole rows in registers: hence the small tiles and narrow heads.
+_WIDER: dict[tuple[str, int], dict[int, _Tile]] = {
+    ("forward", 4): {64: (64, 32, 8, 1), 128: (16, 16, 8, 1)},
+    ("query gradient", 4): {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
+    ("key gradient", 4): {64: (16, 32, 8, 1), 128: (32, 16, 8, 1)},
+    ("forward", 8): {32: (32, 16, 8, 1), 64: (16, 32, 8, 1)},
+    ("query gradient", 8): {32: (32, 16, 8, 1), 64: (16, 16, 8, 1)},
+    ("key gradient", 8): {32: (32, 16, 8, 1), 64: (32, 16, 8, 1)},
+}
+_WIDER_ON: dict[tuple[str, str, int], dict[int, _Tile]] = {
+    ("sm_80", "key gradient", 4): {64: (32, 64, 8, 1), 128: (32, 16, 8, 1)},
+    ("sm_90", "key gradient", 4): {64: (64, 32, 8, 1), 128: (32, 16, 8, 1)},
+    ("gfx942", "key gradient", 4): {64: (16, 32, 8, 1), 128: (16, 32, 8, 1)},
+    ("gfx942", "query gradient", 8): {32: (32, 16, 8, 1), 64: (32, 16, 8, 1)},
+    ("gfx942", "key gradient", 8): {32: (32, 16, 8, 1), 64: (16, 16, 4, 1)},
+}
+_WIDEST_FLOAT64 = {"sm_80": 32, "sm_90": 32, "sm_100": 64, "gfx942": 64}
+
+
+def _widths(chip: str, kernel: str, itemsize: int) -> dict[int, tuple[Config, Config]]:
+    """The stored tiles by width, without and with a mask tensor."""
+    if itemsize == 2:
+        found = _OF_16_BITS.get((chip, kernel), {})
+        return {width: (Config(*a), Config(*b)) for width, (a, b) in found.items()}
+    widest = _WIDEST_FLOAT64[chip] if itemsize == 8 else 128
+    wider = _WIDER_ON.get((chip, kernel, itemsize)) or _WIDER[kernel, itemsize]
+    return {width: (Config(*a), Config(*a)) for width, a in wider.items() if width <= widest}
 
 
 def _entry(problem: Problem, chip: Chip) -> Config | None:
     """The stored tile of the narrowest width that holds the problem's."""
-    widths = _STORED.get((chip.name, problem.kernel, problem.itemsize), {})
+    widths = _widths(chip.name, problem.kernel, problem.itemsize)
     width = min((w for w in widths if w >= problem.width), default=None)
     return None if width is None else widths[width][problem.masked]
 
 
 def max_head_dim(chip: Chip, itemsize: int) -> int:
-    """The longest head_dim, and value_dim, for which all kernels have tiles; 0 if there is none."""
-    return min(max(_STORED.get((chip.name, k, itemsize), {0: None})) for k in KERNELS)
+    """The longest head_dim, and value_dim, for which all kernels have tiles."""
+    return min(max(_widths(chip.name, kernel, itemsize)) for kernel in KERNELS)
 
 
 def stored(chip: Chip) -> Iterator[tuple[Problem, Config]]:
     """The table."""
-    for (name, kernel, itemsize), widths in _STORED.items():
-        if name == chip.name:
-            for width, configs in widths.items():
-                for masked in (False, True):
-                    yield Problem(kernel, itemsize, width, masked), configs[masked]
+    for itemsize, kernel in itertools.product((2, 4, 8), KERNELS):
+        for width, configs in _widths(chip.name, kernel, itemsize).items():
+            for masked in (False, True):
+                yield Problem(kernel, itemsize, width, masked), configs[masked]
 
 
 def shared_memory(problem: Problem, config: Config) -> int:
