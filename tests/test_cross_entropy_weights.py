@@ -376,6 +376,7 @@ def test_derivatives_disagree_with_finite_differences(one_isa, options, reductio
     assert torch.autograd.gradcheck(
         loss,
         logits.clone().requires_grad_(),
+        fast_mode=one_isa.interpreted,
         check_forward_ad=True,
         check_batched_grad=True,
         check_batched_forward_grad=True,
@@ -384,6 +385,7 @@ def test_derivatives_disagree_with_finite_differences(one_isa, options, reductio
     assert torch.autograd.gradgradcheck(
         loss,
         logits.clone().requires_grad_(),
+        fast_mode=one_isa.interpreted,
         check_fwd_over_rev=True,
         check_rev_over_rev=True,
         check_batched_grad=True,
