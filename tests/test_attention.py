@@ -72,7 +72,7 @@ def assert_unreached(kernel, got, want):
         return
     for name, ours, expected in zip(TENSORS, got, want, strict=True):
         accumulator = torch.promote_types(ours.dtype, torch.float32)
-        u = 4 * half_ulp(ours.dtype) + 32 * half_ulp(accumulator)
+        u = 2 * half_ulp(ours.dtype) + 16 * half_ulp(accumulator)
         error = (ours.double() - expected.double()).abs().max()
         assert error <= u * expected.abs().max(), name
 
