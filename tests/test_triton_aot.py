@@ -19,6 +19,8 @@ from fastgpt.backends import triton as package
 from fastgpt.backends.triton import aot, chips, report
 from fastgpt.backends.triton.chips import CHIPS, RELATIVES
 
+pytestmark = pytest.mark.xdist_group("compilations")  # the kernels are compiled once
+
 ROOT = Path(fastgpt.__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "triton.md"
 
@@ -336,7 +338,16 @@ def test_a_stored_kernel_spills_does_not_fit_or_lacks_its_instructions(whole_rep
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("path", ["cross-entropy forward", "cross-entropy backward"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "cross-entropy forward",
+        "cross-entropy backward",
+        "attention forward",
+        "attention query gradient",
+        "attention key gradient",
+    ],
+)
 def test_a_path_of_some_type_is_not_compiled_ahead_of_time(whole_report, chip, path):
     names = [kernel["kernel"] for kernel in whole_report[1] if kernel["chip"] == chip]
     for dtype in ("bfloat16", "float32", "float64"):
