@@ -430,7 +430,10 @@ def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(text, tmp_path):
     os.close(reader)
     assert process.returncode == 0
     bars = "".join(part for part in shown.decode().split("\r") if "|" in part)
-    assert re.search(r"75%.*15/20, loss \d\.\d{4}, [\d,]+ tokens/s, \d\d:\d\d left", bars), bars
+    # At step 10 it is drawn in any case, at 15 only if the steps before took a tenth of a second.
+    assert re.search(
+        r"(50|75)%.*1[05]/20, loss \d\.\d{4}, [\d,]+ tokens/s, \d\d:\d\d left", bars
+    ), bars
 
 
 def test_a_reader_that_goes_away_ends_the_run_without_a_trace(text, tmp_path):
