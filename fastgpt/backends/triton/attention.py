@@ -32,9 +32,7 @@ row of x through sums p x, as 0 * NaN; a program in whose result anything is not
 again by `careful_product`, which leaves them out.
 """
 
-import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -977,18 +975,6 @@ def _key_section(call: _Call) -> int:
     return group * _section(B * H, _bytes_of_head(call.key, call.value))
 
 
-def _running(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current GPU. The interpreter's NumPy warns of what kernels are made for:
-    infinities, and rows of NaN.
-    """
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    stack = contextlib.ExitStack()
-    stack.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore", RuntimeWarning)
-    return stack
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -1001,7 +987,7 @@ def forward(
     call = _checked(query, key, value, attn_mask, is_causal, scale)
     chip = chip_of(query.device)
     results = new_outputs(*call[:3])
-    with _running(query.device):
+    with torch.cuda.device_of(query):  # launches go to the current GPU
         _tiled("forward", call, chip, lambda c: _forward_launch(call, results, c, chip))()
     return results
 
@@ -1059,7 +1045,7 @@ def backward(
             call, grad_output, saved[2], gradients, statistics, config, chip
         )
 
-    with _running(query.device):
+    with torch.cuda.device_of(query):  # launches go to the current GPU
         _tiled("query gradient", call, chip, query_launch)()
         _tiled("key gradient", call, chip, key_launch)()
     return grad_query, grad_key, grad_value
