@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 
 # A process for each core, with a thread each: most of the time Triton's interpreter takes, on one.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # What a reviewer would say first: formatting, lint, types.
 lint: $(VENV)/installed

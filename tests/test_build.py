@@ -20,8 +20,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("builds")  # the installations are made once
-
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = torch.__version__
 

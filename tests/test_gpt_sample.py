@@ -20,8 +20,6 @@ from fastgpt.gpt.sample import (
 from fastgpt.gpt.tokenizer import ByteTokenizer
 from fastgpt.gpt.train import Trainer, make_trainer
 
-pytestmark = pytest.mark.xdist_group("samples")  # the model is trained once
-
 LOGITS = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()[:, [2, 0, 3, 1]]  # p = .3 .1 .2 .4
 
 

@@ -19,8 +19,6 @@ from fastgpt.backends import triton as package
 from fastgpt.backends.triton import aot, chips, report
 from fastgpt.backends.triton.chips import CHIPS, RELATIVES
 
-pytestmark = pytest.mark.xdist_group("compilations")  # the kernels are compiled once
-
 ROOT = Path(fastgpt.__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "triton.md"
 
