@@ -75,137 +75,369 @@ void advise_huge_pages(const Tensor& tensor) {
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
 constexpr int64_t kStreamRowBytes = 4096;
 
-void check_rows(const Tensor& logits, const Tensor& target) {
-  STD_TORCH_CHECK(logits.dim() == 2 && target.dim() == 1 && target.size(0) == logits.size(0),
-                  "expected logits (N, C) and target (N,)");
-  STD_TORCH_CHECK(logits.size(1) > 0, "expected at least one class");
-  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "expected int64 target");
+Tensor new_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+                   const std::vector<int64_t>& strides) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 7> stack{from(like),         from(sizes),        from(strides),
+                                    from(std::nullopt), from(std::nullopt), from(std::nullopt),
+                                    from(std::nullopt)};
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(),
+                                        TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
+                  "no memory for a result of ", sizes.size(), " dimensions");
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The kernels read a row with unit stride. The public function sends other logits elsewhere, but
-// vmap and torch's zero tensors still bring some.
-Tensor with_unit_stride(const Tensor& logits) {
-  const bool readable = logits.stride(1) == 1 || logits.size(1) == 1;
-  return readable ? logits : torch::stable::contiguous(logits);
+// ---- cross-entropy ----
+
+// Whether a row's classes lie apart and the positions of a sequence, or the rows, together.
+bool by_columns(const Tensor& x) {
+  return x.size(1) != 1 && x.stride(1) != 1 && x.dim() == 3 && x.stride(2) == 1;
+}
+
+// A plain tensor of N x L rows and how they lie, of (N, C) or (N, C, L).
+Places places_of(const Tensor& x) {
+  return {x.stride(0), x.dim() == 3 ? x.stride(2) : 0, x.stride(1)};
+}
+
+int64_t positions_of(const Tensor& x) { return x.dim() == 3 ? x.size(2) : 1; }
+
+// The kernels read a row with unit stride, or neighbouring positions with unit stride. Other logits
+// are copied: vmap and torch's zero tensors bring some.
+bool readable(const Tensor& x) { return x.size(1) == 1 || x.stride(1) == 1 || by_columns(x); }
+
+// Calls f(row, t) for each row's target.
+template <class F>
+void for_each_target(const Tensor& target, F f) {
+  const int64_t* data = static_cast<const int64_t*>(target.const_data_ptr());
+  const int64_t outer = target.size(0), inner = target.dim() == 2 ? target.size(1) : 1;
+  const int64_t outer_stride = target.stride(0);
+  const int64_t inner_stride = target.dim() == 2 ? target.stride(1) : 0;
+  for (int64_t n = 0; n < outer; ++n) {
+    for (int64_t l = 0; l < inner; ++l) {
+      f(n * inner + l, data[n * outer_stride + l * inner_stride]);
+    }
+  }
 }
 
 // Before the parallel loop, where an exception would lose its text.
 void check_targets(const Tensor& target, int64_t classes, int64_t ignore_index) {
-  const int64_t* data = static_cast<const int64_t*>(target.const_data_ptr());
-  const int64_t count = target.size(0), stride = target.stride(0);
-  for (int64_t row = 0; row < count; ++row) {
-    const int64_t t = data[row * stride];
-    STD_TORCH_CHECK((t >= 0 && t < classes) || t == ignore_index, "Target ", t,
-                    " is out of bounds. Row ", row, " of ", count, ": expected 0 <= target < ",
-                    classes, " (the number of classes) or ignore_index (", ignore_index, ").");
-  }
-}
-
-void prepare_weight(std::optional<Tensor>& weight, int64_t classes, DType dtype) {
-  if (!weight.has_value()) return;
-  STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes &&
-                      weight->scalar_type() == accumulator_of(dtype),
-                  "expected weight of shape (C,) in the accumulator type");
-  *weight = torch::stable::contiguous(*weight);
+  const auto wrong = [=](int64_t t) {
+    return (t < 0) | (t >= classes) ? t != ignore_index : false;
+  };
+  bool any = false;
+  for_each_target(target, [&](int64_t, int64_t t) { any |= wrong(t); });
+  if (!any) return;
+  for_each_target(target, [&](int64_t row, int64_t t) {
+    STD_TORCH_CHECK(!wrong(t), "Target ", t, " is out of bounds. Row ", row, " of ", target.numel(),
+                    ": expected 0 <= target < ", classes,
+                    " (the number of classes) or ignore_index (", ignore_index, ").");
+  });
 }
 
 // With what rounding takes from each partial sum (Neumaier, 1974): a smoothed loss is only as exact
 // as this, and one after another the sums of a vocabulary lose a few bits of a double.
-template <class A>
-double sum_of(const Tensor& weight) {
-  const A* data = static_cast<const A*>(weight.const_data_ptr());
+double sum_of(const double* data, int64_t count) {
   double sum = 0, lost = 0;
-  for (int64_t i = 0; i < weight.size(0); ++i) {
-    const double x = double(data[i]), next = sum + x;
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = data[i], next = sum + x;
     lost += std::abs(sum) >= std::abs(x) ? (sum - next) + x : (x - next) + sum;
     sum = next;
   }
   return std::isfinite(sum) ? sum + lost : sum;
 }
 
-// The sum of the classes' weights, which only smoothing needs.
-double total_weight(const std::optional<Tensor>& weight, int64_t classes, double smoothing) {
-  if (smoothing == 0) return 0;
-  if (!weight.has_value()) return double(classes);
-  return weight->scalar_type() == ScalarType::Double ? sum_of<double>(*weight)
-                                                     : sum_of<float>(*weight);
+// Floats lose nothing that shows, in four chains that do not wait for one another.
+double sum_of(const float* data, int64_t count) {
+  double part[4] = {0, 0, 0, 0};
+  for (int64_t i = 0; i < count; ++i) part[i % 4] += double(data[i]);
+  return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logits, Tensor target,
-                                                             std::optional<Tensor> weight,
-                                                             int64_t ignore_index,
-                                                             double label_smoothing) {
-  check_rows(logits, target);
-  logits = with_unit_stride(logits);
-  const int64_t rows = logits.size(0), classes = logits.size(1);
-  check_targets(target, classes, ignore_index);
-  const DType dtype = dtype_of(logits);
-  prepare_weight(weight, classes, dtype);
-  const auto per_row = [&] {
-    return torch::stable::new_empty(logits, {rows}, accumulator_of(dtype));
+double sum_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double
+             ? sum_of(static_cast<const double*>(x.const_data_ptr()), x.numel())
+             : sum_of(static_cast<const float*>(x.const_data_ptr()), x.numel());
+}
+
+// The tensors of a call, checked, and held for as long as the kernels' pointers are used.
+struct CrossEntropyTensors {
+  Tensor logits, target;
+  std::optional<Tensor> weight;
+  DType dtype;
+  int64_t positions, classes, rows;
+
+  CrossEntropyTensors(const Tensor& logits_in, const Tensor& target_in,
+                      const std::optional<Tensor>& weight_in, int64_t ignore_index, bool partial)
+      : logits(logits_in), target(target_in), weight(weight_in) {
+    STD_TORCH_CHECK(logits.dim() == 2 || logits.dim() == 3, "expected logits (N, C) or (N, C, L)");
+    classes = logits.size(1), positions = positions_of(logits);
+    rows = logits.size(0) * positions;
+    STD_TORCH_CHECK(classes > 0, "expected at least one class");
+    dtype = dtype_of(logits);
+    if (!readable(logits)) logits = torch::stable::contiguous(logits);
+    if (of_probabilities()) {
+      STD_TORCH_CHECK(target.dim() == logits.dim() && target.size(0) == logits.size(0) &&
+                          target.size(1) == classes && positions_of(target) == positions,
+                      "expected probabilities of the shape of the logits");
+      STD_TORCH_CHECK(target.scalar_type() == logits.scalar_type() ||
+                          target.scalar_type() == accumulator_of(dtype),
+                      "expected probabilities of the logits' or the accumulator type");
+      if (by_columns(logits) ? target.stride(2) != 1 : target.stride(1) != 1 && classes != 1) {
+        target = like_logits(target);
+      }
+    } else {
+      STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "expected int64 target");
+      STD_TORCH_CHECK(target.dim() == logits.dim() - 1 && target.size(0) == logits.size(0) &&
+                          (target.dim() == 1 || target.size(1) == positions),
+                      "expected logits (N, C) and target (N,), or (N, C, L) and (N, L)");
+      if (!partial) check_targets(target, classes, ignore_index);
+    }
+    if (weight.has_value()) {
+      STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes &&
+                          weight->scalar_type() == accumulator_of(dtype),
+                      "expected weight of shape (C,) in the accumulator type");
+      *weight = torch::stable::contiguous(*weight);
+    }
+  }
+
+  bool of_probabilities() const { return target.scalar_type() != ScalarType::Long; }
+
+  // Rows of unit stride if the logits are so, else columns.
+  Tensor like_logits(const Tensor& x) const {
+    if (by_columns(logits) || x.dim() == 2) return torch::stable::contiguous(x);
+    return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(x, 1, 2)), 1,
+                                    2);
+  }
+
+  CrossEntropy arguments(int64_t ignore_index, double hard, double spread, double softcap,
+                         bool partial) const {
+    CrossEntropy a{};
+    a.logits = logits.const_data_ptr();
+    a.at = places_of(logits);
+    a.by_columns = by_columns(logits);
+    a.positions = positions;
+    a.classes = classes;
+    if (of_probabilities()) {
+      a.probabilities = target.const_data_ptr();
+      a.probability_at = places_of(target);
+      a.probabilities_wide = target.scalar_type() != logits.scalar_type();
+    } else {
+      a.target = static_cast<const int64_t*>(target.const_data_ptr());
+      a.target_outer = target.stride(0);
+      a.target_inner = target.dim() == 2 ? target.stride(1) : 0;
+    }
+    a.ignore_index = ignore_index;
+    a.partial = partial;
+    if (weight.has_value()) a.weight = weight->const_data_ptr();
+    // Which only smoothing needs.
+    if (spread != 0) a.total_weight = weight.has_value() ? sum_of(*weight) : double(classes);
+    a.hard = hard, a.spread = spread, a.softcap = softcap;
+    return a;
+  }
+};
+
+// The kernels do rows, or groups of neighbouring columns, which no thread's share cuts.
+template <class Arguments>
+void run_rows(const Kernel<Arguments>& kernel, const Arguments& a, int64_t rows) {
+  torch::stable::parallel_for(0, rows, grain(a.classes),
+                              [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logits, Tensor target,
+                                                                     std::optional<Tensor> weight,
+                                                                     int64_t ignore_index,
+                                                                     double hard, double spread,
+                                                                     double softcap, bool partial) {
+  const CrossEntropyTensors tensors(logits, target, weight, ignore_index, partial);
+  std::vector<int64_t> shape{logits.size(0)};
+  if (logits.dim() == 3) shape.push_back(logits.size(2));
+  const ScalarType accumulator = accumulator_of(tensors.dtype);
+  const auto per_row = [&](ScalarType type) {
+    return torch::stable::new_empty(logits, shape, type);
   };
-  Tensor loss = per_row(), row_max = per_row(), rest = per_row();
-
-  const CrossEntropyForward arguments{logits.const_data_ptr(),
-                                      logits.stride(0),
-                                      static_cast<const int64_t*>(target.const_data_ptr()),
-                                      target.stride(0),
-                                      classes,
-                                      ignore_index,
-                                      weight.has_value() ? weight->const_data_ptr() : nullptr,
-                                      total_weight(weight, classes, label_smoothing),
-                                      label_smoothing,
-                                      loss.mutable_data_ptr(),
-                                      row_max.mutable_data_ptr(),
-                                      rest.mutable_data_ptr()};
-  const auto kernel = active_kernels().cross_entropy_forward[dtype];
-  torch::stable::parallel_for(0, rows, grain(classes),
-                              [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
-  return {loss, row_max, rest};
+  const ScalarType wide = partial ? ScalarType::Double : accumulator;
+  Tensor loss = per_row(wide), lse = per_row(wide);
+  Tensor row_max = per_row(accumulator), rest = per_row(accumulator);
+  CrossEntropyForward a{};
+  static_cast<CrossEntropy&>(a) = tensors.arguments(ignore_index, hard, spread, softcap, partial);
+  a.loss = loss.mutable_data_ptr();
+  a.lse = lse.mutable_data_ptr();
+  a.row_max = row_max.mutable_data_ptr();
+  a.rest = rest.mutable_data_ptr();
+  run_rows(active_kernels().cross_entropy_forward[tensors.dtype], a, tensors.rows);
+  return {loss, lse, row_max, rest};
 }
 
-Tensor cross_entropy_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target,
-                                  std::optional<Tensor> weight, Tensor row_max, Tensor rest,
-                                  int64_t ignore_index, double label_smoothing) {
-  check_rows(logits, target);
-  logits = with_unit_stride(logits);
-  const int64_t rows = logits.size(0), classes = logits.size(1);
-  // Again: whoever calls the operator itself may not have run the forward on this target.
-  check_targets(target, classes, ignore_index);
-  const DType dtype = dtype_of(logits);
-  prepare_weight(weight, classes, dtype);
-  const Tensor* vectors[] = {&grad_loss, &row_max, &rest};
-  for (const Tensor* v : vectors) {
-    STD_TORCH_CHECK(
-        v->dim() == 1 && v->size(0) == rows && v->scalar_type() == accumulator_of(dtype),
-        "expected grad_loss, row_max and rest of shape (N,) in the accumulator type");
+Upstream upstream_of(const Tensor& g) {
+  return {g.const_data_ptr(), g.stride(0), g.dim() == 2 ? g.stride(1) : 0};
+}
+
+// Everything of a backward but where the gradient goes.
+CrossEntropyBackward backward_arguments(const CrossEntropyTensors& tensors, const Tensor& grad_loss,
+                                        const std::optional<Tensor>& grad_lse,
+                                        const Tensor& row_max, const Tensor& rest,
+                                        int64_t ignore_index, double hard, double spread,
+                                        double softcap, bool partial) {
+  const Tensor* each[] = {&grad_loss, &row_max, &rest, grad_lse.has_value() ? &*grad_lse : &rest};
+  for (const Tensor* v : each) {
+    STD_TORCH_CHECK(v->dim() == tensors.logits.dim() - 1 && v->size(0) == tensors.logits.size(0) &&
+                        (v->dim() == 1 || v->size(1) == tensors.positions) &&
+                        v->scalar_type() == accumulator_of(tensors.dtype),
+                    "expected grad_loss, grad_lse, row_max and rest of the shape of the unreduced "
+                    "loss in the accumulator type");
   }
   STD_TORCH_CHECK(row_max.is_contiguous() && rest.is_contiguous(),
                   "expected contiguous row_max and rest");
-  Tensor grad_logits = torch::stable::new_empty(logits, {rows, classes});
-  const int64_t row_bytes = classes * int64_t(logits.element_size());
-  advise_huge_pages(grad_logits);
+  CrossEntropyBackward a{};
+  static_cast<CrossEntropy&>(a) = tensors.arguments(ignore_index, hard, spread, softcap, partial);
+  a.grad_loss = upstream_of(grad_loss);
+  if (grad_lse.has_value()) a.grad_lse = upstream_of(*grad_lse);
+  a.row_max = row_max.const_data_ptr();
+  a.rest = rest.const_data_ptr();
+  return a;
+}
 
-  const CrossEntropyBackward arguments{
-      grad_loss.const_data_ptr(),
-      grad_loss.stride(0),
-      logits.const_data_ptr(),
-      logits.stride(0),
-      static_cast<const int64_t*>(target.const_data_ptr()),
-      target.stride(0),
-      classes,
-      ignore_index,
-      weight.has_value() ? weight->const_data_ptr() : nullptr,
-      total_weight(weight, classes, label_smoothing),
-      label_smoothing,
-      row_max.const_data_ptr(),
-      rest.const_data_ptr(),
-      grad_logits.mutable_data_ptr(),
-      row_bytes >= kStreamRowBytes && rows * row_bytes >= kStreamBytes};
-  const auto kernel = active_kernels().cross_entropy_backward[dtype];
-  torch::stable::parallel_for(0, rows, grain(classes),
-                              [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
-  return grad_logits;
+// A new gradient, dense, its rows or columns as those of the logits. Written by `run`.
+Tensor new_gradient(const CrossEntropyTensors& tensors, CrossEntropyBackward& a) {
+  const int64_t N = tensors.logits.size(0), C = tensors.classes, L = tensors.positions;
+  Tensor gradient = tensors.logits.dim() == 2 || tensors.logits.stride(1) != 1
+                        ? torch::stable::new_empty(tensors.logits, tensors.logits.sizes())
+                        : new_strided(tensors.logits, {N, C, L}, {C * L, 1, C});
+  const int64_t row_bytes = C * int64_t(gradient.element_size());
+  advise_huge_pages(gradient);
+  a.grad_logits = gradient.mutable_data_ptr();
+  a.out = places_of(gradient);
+  a.stream = row_bytes >= kStreamRowBytes && tensors.rows * row_bytes >= kStreamBytes;
+  return gradient;
+}
+
+Tensor cross_entropy_backward_cpu(Tensor grad_loss, std::optional<Tensor> grad_lse, Tensor logits,
+                                  Tensor target, std::optional<Tensor> weight, Tensor row_max,
+                                  Tensor rest, int64_t ignore_index, double hard, double spread,
+                                  double softcap, bool partial) {
+  // The targets are checked again: whoever calls the operator itself may not have run the forward.
+  const CrossEntropyTensors tensors(logits, target, weight, ignore_index, partial);
+  CrossEntropyBackward a = backward_arguments(tensors, grad_loss, grad_lse, row_max, rest,
+                                              ignore_index, hard, spread, softcap, partial);
+  Tensor gradient = new_gradient(tensors, a);
+  run_rows(active_kernels().cross_entropy_backward[tensors.dtype], a, tensors.rows);
+  return gradient;
+}
+
+void cross_entropy_backward_in_place_cpu(Tensor grad_loss, std::optional<Tensor> grad_lse,
+                                         Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                         Tensor row_max, Tensor rest, int64_t ignore_index,
+                                         double hard, double spread, double softcap, bool partial) {
+  STD_TORCH_CHECK(logits.dim() == 2 || logits.dim() == 3, "expected logits (N, C) or (N, C, L)");
+  STD_TORCH_CHECK(readable(logits), "expected logits whose classes or positions lie together");
+  const CrossEntropyTensors tensors(logits, target, weight, ignore_index, partial);
+  CrossEntropyBackward a = backward_arguments(tensors, grad_loss, grad_lse, row_max, rest,
+                                              ignore_index, hard, spread, softcap, partial);
+  a.grad_logits = logits.mutable_data_ptr();
+  a.out = a.at;
+  run_rows(active_kernels().cross_entropy_backward[tensors.dtype], a, tensors.rows);
+}
+
+// ---- the same with the reduction, for fastgpt/ops/cross_entropy_direct.py ----
+
+enum Reduction { kNone = 0, kMean = 1, kSum = 2 };
+
+// What a mean is divided by: the sum of the weights of the targets that count.
+double denominator_of(const CrossEntropyTensors& tensors, int64_t ignore_index) {
+  if (!tensors.weight.has_value()) {
+    int64_t count = 0;
+    for_each_target(tensors.target, [&](int64_t, int64_t t) { count += t != ignore_index; });
+    return double(count);
+  }
+  const void* weight = tensors.weight->const_data_ptr();
+  double sum = 0;
+  for_each_target(tensors.target, [&](int64_t, int64_t t) {
+    if (t == ignore_index) return;
+    sum += tensors.dtype == kFloat64 ? static_cast<const double*>(weight)[t]
+                                     : double(static_cast<const float*>(weight)[t]);
+  });
+  return sum;
+}
+
+void put(Tensor& x, int64_t index, double value) {
+  if (x.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(x.mutable_data_ptr())[index] = value;
+  } else {
+    static_cast<float*>(x.mutable_data_ptr())[index] = float(value);
+  }
+}
+
+// Loss, reduced; and row_max, rest, lse (rows each) and the mean's denominator in one tensor.
+std::tuple<Tensor, Tensor> cross_entropy_reduced_cpu(Tensor logits, Tensor target,
+                                                     std::optional<Tensor> weight,
+                                                     int64_t ignore_index, double hard,
+                                                     double spread, int64_t reduction) {
+  const CrossEntropyTensors tensors(logits, target, weight, ignore_index, false);
+  const ScalarType accumulator = accumulator_of(tensors.dtype);
+  const int64_t rows = tensors.rows;
+  Tensor statistics = torch::stable::new_empty(logits, {4 * rows + 1}, accumulator);
+  const int64_t bytes = int64_t(statistics.element_size()) * rows;
+  char* base = static_cast<char*>(statistics.mutable_data_ptr());
+  CrossEntropyForward a{};
+  static_cast<CrossEntropy&>(a) = tensors.arguments(ignore_index, hard, spread, 0, false);
+  a.row_max = base;
+  a.rest = base + bytes;
+  a.lse = base + 2 * bytes;
+  a.loss = base + 3 * bytes;
+  Tensor loss = reduction != kNone  ? torch::stable::new_empty(logits, {}, accumulator)
+                : logits.dim() == 2 ? torch::stable::new_empty(logits, {rows}, accumulator)
+                                    : torch::stable::new_empty(
+                                          logits, {logits.size(0), logits.size(2)}, accumulator);
+  if (reduction == kNone) a.loss = loss.mutable_data_ptr();
+  run_rows(active_kernels().cross_entropy_forward[tensors.dtype], a, rows);
+  if (reduction == kNone) return {loss, statistics};
+  double sum = accumulator == ScalarType::Double ? sum_of(static_cast<const double*>(a.loss), rows)
+                                                 : sum_of(static_cast<const float*>(a.loss), rows);
+  if (reduction == kMean) {
+    const double denominator = denominator_of(tensors, ignore_index);
+    put(statistics, 4 * rows, denominator);
+    sum /= denominator;
+  }
+  put(loss, 0, sum);
+  return {loss, statistics};
+}
+
+Tensor cross_entropy_reduced_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target,
+                                          std::optional<Tensor> weight, Tensor statistics,
+                                          int64_t ignore_index, double hard, double spread,
+                                          int64_t reduction) {
+  const CrossEntropyTensors tensors(logits, target, weight, ignore_index, false);
+  const int64_t rows = tensors.rows;
+  STD_TORCH_CHECK(statistics.numel() == 4 * rows + 1 &&
+                      statistics.scalar_type() == accumulator_of(tensors.dtype) &&
+                      grad_loss.scalar_type() == statistics.scalar_type(),
+                  "expected grad_loss and the forward's statistics in the accumulator type");
+  CrossEntropyBackward a{};
+  static_cast<CrossEntropy&>(a) = tensors.arguments(ignore_index, hard, spread, 0, false);
+  const char* base = static_cast<const char*>(statistics.const_data_ptr());
+  const int64_t bytes = int64_t(statistics.element_size()) * rows;
+  a.row_max = base;
+  a.rest = base + bytes;
+  double mean = 0;
+  float mean_as_float = 0;
+  if (reduction == kNone) {
+    a.grad_loss = upstream_of(grad_loss);
+  } else {
+    a.grad_loss = {grad_loss.const_data_ptr(), 0, 0};
+  }
+  if (reduction == kMean) {
+    const bool wide = tensors.dtype == kFloat64;
+    const void* g = a.grad_loss.data;
+    const void* denominator = base + 4 * bytes;
+    mean = wide ? *static_cast<const double*>(g) / *static_cast<const double*>(denominator)
+                : double(*static_cast<const float*>(g)) /
+                      double(*static_cast<const float*>(denominator));
+    mean_as_float = float(mean);
+    a.grad_loss.data = wide ? static_cast<const void*>(&mean) : &mean_as_float;
+  }
+  Tensor gradient = new_gradient(tensors, a);
+  run_rows(active_kernels().cross_entropy_backward[tensors.dtype], a, rows);
+  return gradient;
 }
 
 // ---- attention ----
@@ -228,17 +460,7 @@ Heads<void> heads_of_result(const Tensor& x) {
 // the transpose of a new tensor, which autograd would take for a view of somebody's.
 Tensor new_heads(const Tensor& heads, int64_t columns) {
   const int64_t B = heads.size(0), H = heads.size(1), N = heads.size(2);
-  const std::vector<int64_t> sizes{B, H, N, columns};
-  const std::vector<int64_t> strides{N * H * columns, columns, H * columns, 1};
-  using torch::stable::detail::from;
-  std::array<StableIValue, 7> stack{from(heads),        from(sizes),        from(strides),
-                                    from(std::nullopt), from(std::nullopt), from(std::nullopt),
-                                    from(std::nullopt)};
-  STD_TORCH_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(),
-                                        TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                  "attention: no memory for a result of shape (", B, ", ", H, ", ", N, ", ",
-                  columns, ")");
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return new_strided(heads, {B, H, N, columns}, {N * H * columns, columns, H * columns, 1});
 }
 
 AttentionMask mask_of(const std::optional<Tensor>& mask, const Tensor& query, int64_t keys) {
@@ -393,6 +615,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&fastgpt::attention_backward_cpu));
   m.impl("cross_entropy_forward", TORCH_BOX(&fastgpt::cross_entropy_forward_cpu));
   m.impl("cross_entropy_backward", TORCH_BOX(&fastgpt::cross_entropy_backward_cpu));
+  m.impl("cross_entropy_backward_in_place",
+         TORCH_BOX(&fastgpt::cross_entropy_backward_in_place_cpu));
+  m.impl("cross_entropy_reduced", TORCH_BOX(&fastgpt::cross_entropy_reduced_cpu));
+  m.impl("cross_entropy_reduced_backward", TORCH_BOX(&fastgpt::cross_entropy_reduced_backward_cpu));
 }
 
 // ---- the Python module: which instruction sets there are, and which one runs

@@ -1,6 +1,7 @@
 """The public functions: check the arguments, choose a backend, run it."""
 
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,16 @@ from fastgpt import dispatch
 from fastgpt.backends.eager import attention as eager_attention
 from fastgpt.backends.eager import cross_entropy as eager_cross_entropy
 from fastgpt.dispatch import Decision
+from fastgpt.ops import cross_entropy_direct as direct
 from fastgpt.ops.attention import Attention, AttentionCall, four_dimensional, scores_shape
-from fastgpt.ops.cross_entropy import CrossEntropy, CrossEntropyCall, class_rows
+from fastgpt.ops.cross_entropy import CrossEntropy, CrossEntropyCall, Options, kernel_view
 from fastgpt.ops.raw import accumulator_dtype
+from fastgpt.ops.vocab_parallel import all_gather, combine, ranks_of
 
 # ---- cross-entropy ----
+
+# What an ignored row's target becomes where targets are counted from a slice's first class.
+IGNORED_IN_SLICE = -(1 << 63)
 
 
 def cross_entropy(
@@ -28,16 +34,23 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+    return_lse: bool = False,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+) -> Any:
     """Softmax-cross-entropy of logits, in one kernel forward and one backward.
 
-    The signature, values, types and errors of `torch.nn.functional.cross_entropy`. For class
-    indices t the loss of a row x is logsumexp(x) - x_t and its gradient softmax(x) - onehot(t).
+    The signature, values, types and errors of `torch.nn.functional.cross_entropy`, and some more
+    keywords. For class indices t the loss of a row x is lse - x_t, lse = logsumexp(x), and its
+    gradient softmax(x) - onehot(t).
 
     Args:
         input: logits (C,), (N, C) or (N, C, d1, ...), float32, float64, bfloat16 or float16.
         target: class indices (), (N,) or (N, d1, ...), int64 or uint8; or probabilities, shaped
-            like `input` and of a floating-point type.
+            like `input` and of a floating-point type, which are differentiated, too.
         weight: (C,) factor of each class, of `input`'s type.
         size_average, reduce: torch's deprecated forms of `reduction`.
         ignore_index: rows with this class count neither in the loss nor in the mean, and their
@@ -45,6 +58,18 @@ def cross_entropy(
         reduction: "none", "mean" (over the rows that count; with `weight` and class indices,
             divided by the sum of their weights) or "sum".
         label_smoothing: 0 to 1, the share of the target that is spread evenly over the classes.
+        z_loss: adds z_loss * lse² to each row that counts; its mean is over those rows, whatever
+            `weight` is (Chowdhery et al., "PaLM", 2022).
+        softcap: takes softcap * tanh(x / softcap) for the logits (Gemma Team, "Gemma 2", 2024).
+        inplace_backward: the backward writes the gradient over `input`, and needs no memory of its
+            own. It can run once, and what else saved `input` for its backward raises then. The
+            gradient has no derivative. Ignored by the compiler, which plans memory itself.
+        return_lse: returns (loss, lse). lse is shaped like the unreduced loss, in float32 (float64
+            for float64), after `softcap`, and is differentiable; 0 for an ignored row.
+        process_group: `input`, `weight` and probabilities hold the classes of this rank only, those
+            of the first rank first, in slices of any sizes; class indices are global. Every rank
+            calls with the same rows and gets the loss over all classes, and its own part of the
+            gradient.
 
     Returns:
         The loss in nats, of `input`'s type; under autocast, 16-bit logits give a float32 loss. It
@@ -71,50 +96,145 @@ def cross_entropy(
             reduce=reduce,
             reduction=reduction,
             label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            inplace_backward=inplace_backward,
+            return_lse=return_lse,
+            process_group=process_group,
         )
+    options = label_smoothing or z_loss or softcap or inplace_backward or return_lse
+    unset = weight is None and size_average is None and reduce is None and process_group is None
+    if unset and not options:
+        plain = direct.shortcut(input, target, ignore_index, reduction)
+        if plain is not None:
+            return plain
     call = _check_cross_entropy(
-        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-    )
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
+        z_loss, softcap, inplace_backward, return_lse, process_group,
+    )  # fmt: skip
     backend = dispatch.choose("cross_entropy", call.logits.device.type, call)[-1].backend
-    if backend == "eager":
-        loss = eager_cross_entropy.cross_entropy(*call[:6])
+    if backend == "native" and direct.serves(call):
+        loss, lse = direct.cross_entropy(call), None
     else:
-        loss = _fused_cross_entropy(call, backend)
+        loss, lse = _cross_entropy(call, backend)
     if call.reduction == "none":
         loss = loss.reshape(call.loss_shape)
-    return loss.to(call.loss_dtype)
-
-
-def _fused_cross_entropy(call: CrossEntropyCall, backend: str) -> Tensor:
-    logits, target = class_rows(call.logits), call.target.long().reshape(-1)
-    weight = call.weight
-    if weight is not None:
-        weight = weight.to(accumulator_dtype(call.logits.dtype))
-    smoothing = max(float(call.label_smoothing), 0.0)  # below zero it is none, as torch's
-    loss, _, _ = CrossEntropy.apply(logits, target, weight, call.ignore_index, smoothing, backend)
-    if call.reduction == "none":
+    loss = loss if loss.dtype == call.loss_dtype else loss.to(call.loss_dtype)
+    if not call.return_lse:
         return loss
-    total = _sum_rows(loss)
-    if call.reduction == "sum":
-        return total
-    kept = target != call.ignore_index
-    if weight is None:
-        return total / kept.sum()
-    at_target = weight.index_select(0, target.masked_fill(~kept, 0))
-    return total / _sum_rows(at_target.masked_fill(~kept, 0))
+    assert lse is not None
+    return loss, lse.reshape(call.loss_shape)
 
 
-def _sum_rows(loss: Tensor) -> Tensor:
-    """The sum of (N,) with the same bits for any number of threads.
+def _cross_entropy(call: CrossEntropyCall, backend: str) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and lse (N, ...)."""
+    accumulator = accumulator_dtype(call.logits.dtype)
+    weight = None if call.weight is None else call.weight.to(accumulator)
+    ranks = None if call.process_group is None else ranks_of(call.process_group)
+    logits, target, ignore_index = call.logits, call.target, call.ignore_index
+    of_probabilities = target.is_floating_point()
+    if not of_probabilities:
+        target = target.long()
+    ignored = None if of_probabilities else target == ignore_index
+    classes: int | float = logits.shape[1]
+    if ranks is not None:
+        sizes = all_gather(torch.tensor(classes, device=logits.device), ranks)
+        if call.label_smoothing > 0:
+            classes = int(sizes.sum())
+        if ignored is not None:
+            target = _of_this_slice(target, ignored, sizes, ranks.rank)
+            ignore_index = IGNORED_IN_SLICE
+    smoothing = max(float(call.label_smoothing), 0.0)  # below zero it is none, as torch's
+    options = Options(
+        ignore_index,
+        1 - smoothing,
+        smoothing / classes if smoothing else 0.0,
+        call.softcap,
+        ranks is not None,
+    )
+    loss, lse = _rows(logits, target, weight, options, call.inplace_backward, backend)
+    at_target = None
+    if ranks is not None:
+        total, at_target = _shares(logits, target, weight, options)
+        loss, lse, at_target = combine(loss, lse, total.expand_as(lse), at_target, ranks)
+        if ignored is not None:
+            loss, lse = loss.masked_fill(ignored, 0), lse.masked_fill(ignored, 0)
+        loss, lse = loss.to(accumulator), lse.to(accumulator)
+    elif weight is not None and ignored is not None:
+        at_target = weight[target.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+    if call.reduction == "none":
+        return (loss + call.z_loss * lse.square() if call.z_loss else loss), lse
+    loss = _sum_rows(loss)
+    count: Tensor | int = lse.numel() if ignored is None else lse.numel() - ignored.sum()
+    if call.reduction == "mean":
+        denominator = count if at_target is None or ignored is None else _sum_rows(at_target)
+        loss = loss / denominator
+    if call.z_loss:
+        z = call.z_loss * _sum_rows(lse.square())
+        loss = loss + (z / count if call.reduction == "mean" else z)
+    return loss.to(accumulator), lse
+
+
+def _rows(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Loss and lse of each row, (N, ...)."""
+    if inplace_backward and not torch.compiler.is_compiling():
+        return direct.cross_entropy_in_place(logits, target, weight, options, backend)
+    if backend == "eager":
+        return eager_cross_entropy.cross_entropy(logits, target, weight, *options)
+    x, t = kernel_view(logits, target)
+    loss, lse, _, _ = CrossEntropy.apply(x, t, weight, *options, backend)
+    shape = logits.shape[:1] + logits.shape[2:]
+    return loss.view(shape), lse.view(shape)
+
+
+def _of_this_slice(target: Tensor, ignored: Tensor, sizes: Tensor, rank: int) -> Tensor:
+    """Global class indices counted from this rank's first class."""
+    wrong = ((target < 0) | (target >= sizes.sum())) & ~ignored
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any())
+    elif wrong.any():
+        raise IndexError(
+            f"Target {target[wrong][0].item()} is out of bounds: expected 0 <= target < "
+            f"{sizes.sum().item()} (the number of classes of all ranks) or ignore_index."
+        )
+    return (target - sizes[:rank].sum()).masked_fill(ignored, IGNORED_IN_SLICE)
+
+
+def _shares(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """A and the target's weight, (N, ...), of the classes that are here, in float64."""
+    everywhere = float(logits.shape[1]) if weight is None else weight.double().sum()
+    if target.is_floating_point():
+        q = target if weight is None else target * weight.view(-1, *[1] * (target.dim() - 2))
+        total = options.hard * q.sum(1, dtype=torch.float64) + options.spread * everywhere
+        return total, torch.zeros_like(total)
+    here = (target >= 0) & (target < logits.shape[1])
+    at_target = here.double()
+    if weight is not None:
+        at_target = weight.double()[target.masked_fill(~here, 0)].masked_fill(~here, 0)
+    return options.hard * at_target + options.spread * everywhere, at_target
+
+
+def _sum_rows(rows: Tensor) -> Tensor:
+    """The sum of all numbers, with the same bits for any number of threads.
 
     torch gives each thread a stretch of a long vector, and the bits depend on where it is cut. A
     matrix is cut between its rows, so a long vector is summed as one first.
     """
     columns = 4096
-    if loss.shape[0] <= columns:
-        return loss.sum()
+    rows = rows.reshape(-1)
+    if rows.shape[0] <= columns:
+        return rows.sum()
     return (
-        torch.nn.functional.pad(loss, (0, -loss.shape[0] % columns)).view(-1, columns).sum(1).sum()
+        torch.nn.functional.pad(rows, (0, -rows.shape[0] % columns)).view(-1, columns).sum(1).sum()
     )
 
 
@@ -127,6 +247,11 @@ def _check_cross_entropy(
     reduce: bool | None,
     reduction: str,
     label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    inplace_backward: bool,
+    return_lse: bool,
+    process_group: Any,
 ) -> CrossEntropyCall:
     for name, value in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(value, Tensor) and not (name == "weight" and value is None):
@@ -141,6 +266,8 @@ def _check_cross_entropy(
         )
     if label_smoothing > 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if z_loss or softcap or inplace_backward or return_lse or process_group is not None:
+        _check_extras(input, z_loss, softcap, inplace_backward, return_lse, process_group)
     if not input.is_floating_point():
         raise NotImplementedError(
             f"cross_entropy is not implemented for {input.dtype} logits: expected a "
@@ -180,8 +307,44 @@ def _check_cross_entropy(
         input = input.unsqueeze(0)
         target = target.unsqueeze(0) if of_probabilities else target.reshape(1)
     return CrossEntropyCall(
-        input, target, weight, ignore_index, reduction, label_smoothing, loss_shape, loss_dtype
-    )
+        input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap or 0.0,
+        inplace_backward, return_lse, process_group, loss_shape, loss_dtype,
+    )  # fmt: skip
+
+
+def _check_extras(
+    input: Tensor,
+    z_loss: float,
+    softcap: float | None,
+    inplace_backward: bool,
+    return_lse: bool,
+    process_group: Any,
+) -> None:
+    """Check the keywords that torch's function does not have."""
+    for name, flag in (("inplace_backward", inplace_backward), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"cross_entropy: {name} must be a bool, got {flag!r}")
+    for name, number in (("z_loss", z_loss), ("softcap", softcap or 0.0)):
+        if not isinstance(number, float | int):
+            raise TypeError(f"cross_entropy: {name} must be a float, got {number!r}")
+        if not 0 <= number < math.inf:
+            raise ValueError(f"cross_entropy: expected a finite {name} >= 0, got {number}")
+    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            "cross_entropy: process_group must be a torch.distributed.ProcessGroup, got "
+            f"{process_group!r}"
+        )
+    # The compiler ignores it, and a transform refuses it, but neither of them can ask for overlaps.
+    asked = inplace_backward and not torch.compiler.is_compiling()
+    if (
+        asked
+        and not torch._C._are_functorch_transforms_active()
+        and torch._debug_has_internal_overlap(input) == 1
+    ):
+        raise RuntimeError(
+            "cross_entropy: inplace_backward needs logits whose elements do not share memory, got "
+            f"strides {input.stride()} for shape {list(input.shape)}"
+        )
 
 
 def _check_classes(input: Tensor, target: Tensor) -> torch.Size:
@@ -409,6 +572,7 @@ def explain(function: Any, /, *args: Any, **kwargs: Any) -> Explanation:
             "ignore_index": function.ignore_index,
             "reduction": function.reduction,
             "label_smoothing": function.label_smoothing,
+            **getattr(function, "extras", {}),
             **kwargs,
         }
         function = cross_entropy
@@ -431,4 +595,4 @@ def explain(function: Any, /, *args: Any, **kwargs: Any) -> Explanation:
 def _bind(public: Any, check: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     bound = inspect.signature(public).bind(*args, **kwargs)
     bound.apply_defaults()
-    return check(*bound.args)
+    return check(*bound.arguments.values())

@@ -31,6 +31,7 @@ namespace fastgpt {
 namespace avx512 {
 #include "vec.h"
 #include "cross_entropy.inl.h"
+#include "cross_entropy_columns.inl.h"
 #include "gemm.h"
 #include "attention.inl.h"
 #include "table.inl.h"

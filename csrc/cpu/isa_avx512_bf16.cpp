@@ -32,6 +32,7 @@ namespace fastgpt {
 namespace avx512_bf16 {
 #include "vec.h"
 #include "cross_entropy.inl.h"
+#include "cross_entropy_columns.inl.h"
 #include "gemm.h"
 #include "attention.inl.h"
 #include "table.inl.h"

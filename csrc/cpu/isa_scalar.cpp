@@ -10,6 +10,7 @@ namespace fastgpt {
 namespace scalar {
 #include "vec.h"
 #include "cross_entropy.inl.h"
+#include "cross_entropy_columns.inl.h"
 #include "gemm.h"
 #include "attention.inl.h"
 #include "table.inl.h"

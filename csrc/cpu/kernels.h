@@ -11,37 +11,54 @@ enum DType { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kDTypes = 
 
 // Arithmetic is in float, and in double for double: the "accumulator type" of the comments below.
 
-struct CrossEntropyForward {
-  const void* logits;     // (N, classes) of the storage type, innermost stride 1
-  int64_t row_stride;     // elements
-  const int64_t* target;  // (N,), already checked: 0 <= target < classes, or ignore_index
-  int64_t target_stride;  // elements
-  int64_t classes;
-  int64_t ignore_index;
-  const void* weight;   // (classes,) accumulator type, or null
-  double total_weight;  // the sum of the weights, of 1 each without them; 0 without smoothing
-  double smoothing;
-  void* loss;     // (N,) accumulator type; 0 for an ignored row
-  void* row_max;  // (N,) accumulator type: max_j x_j
-  void* rest;     // (N,) accumulator type: sum over j != target of exp(x_j - row_max)
+// Strides in elements: of n and l, which make a row, and of the class.
+struct Places {
+  int64_t outer, inner, column;
 };
 
-struct CrossEntropyBackward {
-  const void* grad_loss;     // (N,) accumulator type
-  int64_t grad_loss_stride;  // elements; 0 for an expanded scalar
-  const void* logits;
-  int64_t row_stride;
-  const int64_t* target;
-  int64_t target_stride;
+// N x L rows of logits; fastgpt/ops/cross_entropy.py has the formulas.
+struct CrossEntropy {
+  const void* logits;  // the storage type
+  Places at;
+  bool by_columns;    // the positions have unit stride; else the classes
+  int64_t positions;  // L
   int64_t classes;
+  // Already checked: 0 <= target < classes or ignore_index, and, if `partial`, anything else for
+  // the rows whose target is in another slice of the classes. Null: there are probabilities.
+  const int64_t* target;
+  int64_t target_outer, target_inner;
+  const void* probabilities;  // the storage type, or the accumulator type
+  Places probability_at;
+  bool probabilities_wide;
   int64_t ignore_index;
-  const void* weight;
-  double total_weight;
-  double smoothing;
+  bool partial;
+  const void* weight;   // (classes,) accumulator type, or null
+  double total_weight;  // the sum of the weights, of 1 each without them; 0 without `spread`
+  double hard, spread;  // the share of the target, and of each class
+  double softcap;       // 0: none
+};
+
+// Results (N, L), contiguous, 0 for an ignored row.
+struct CrossEntropyForward : CrossEntropy {
+  void* loss;     // accumulator type; double if `partial`
+  void* lse;      // the same
+  void* row_max;  // accumulator type: the largest logit
+  void* rest;     // accumulator type: sum over j != target of exp(y_j - row_max)
+};
+
+// An upstream gradient (N, L) of accumulator type; strides are 0 for an expanded scalar.
+struct Upstream {
+  const void* data;
+  int64_t outer, inner;
+};
+
+struct CrossEntropyBackward : CrossEntropy {
+  Upstream grad_loss, grad_lse;  // the second may be null
   const void* row_max;
   const void* rest;
-  void* grad_logits;  // (N, classes) contiguous, of the storage type
-  bool stream;        // write around the caches: the gradient is larger than they are
+  void* grad_logits;  // the storage type; may be the logits
+  Places out;
+  bool stream;  // write around the caches
 };
 
 // ---- attention ----

@@ -141,8 +141,19 @@ struct Vec<float> {
 static inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+static inline Vec<float> fms(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm512_fmsub_ps(a.v, b.v, c.v)};
+}
+static inline Vec<float> abs(Vec<float> a) { return {_mm512_abs_ps(a.v)}; }
+static inline Vec<float> copysign(Vec<float> magnitude, Vec<float> sign) {
+  // Bits of the second where the mask is 0, of the third where it is 1.
+  const __m512i bit = _mm512_set1_epi32(int(0x80000000u));
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(magnitude.v),
+                                                        _mm512_castps_si512(sign.v), 0xac))};
 }
 // The second operand where either is NaN. `where_equal` is `yes` in the lanes where a == b, `where`
 // in those whose byte at `p` is not 0.
@@ -153,6 +164,12 @@ static inline Vec<float> where_equal(Vec<float> a, Vec<float> b, Vec<float> yes,
 static inline Vec<float> where(const uint8_t* p, Vec<float> yes, Vec<float> no) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), no.v, yes.v)};
+}
+// `fill` in the lane of this number, if there is one.
+static inline Vec<float> except_lane(Vec<float> a, int lane, float fill) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 mask = _mm512_cmpeq_epi32_mask(lanes, _mm512_set1_epi32(lane));
+  return {_mm512_mask_mov_ps(a.v, mask, _mm512_set1_ps(fill))};
 }
 static inline Vec<float> round(Vec<float> a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -185,8 +202,17 @@ static inline Vec<double> operator-(Vec<double> a, Vec<double> b) {
 static inline Vec<double> operator*(Vec<double> a, Vec<double> b) {
   return {_mm512_mul_pd(a.v, b.v)};
 }
+static inline Vec<double> operator/(Vec<double> a, Vec<double> b) {
+  return {_mm512_div_pd(a.v, b.v)};
+}
 static inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm512_fmadd_pd(a.v, b.v, c.v)};
+}
+static inline Vec<double> abs(Vec<double> a) { return {_mm512_abs_pd(a.v)}; }
+static inline Vec<double> copysign(Vec<double> magnitude, Vec<double> sign) {
+  const __m512i bit = _mm512_set1_epi64(int64_t(1) << 63);
+  return {_mm512_castsi512_pd(_mm512_ternarylogic_epi64(bit, _mm512_castpd_si512(magnitude.v),
+                                                        _mm512_castpd_si512(sign.v), 0xac))};
 }
 static inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm512_max_pd(a.v, b.v)}; }
 static inline Vec<double> where_equal(Vec<double> a, Vec<double> b, Vec<double> yes,
@@ -196,6 +222,11 @@ static inline Vec<double> where_equal(Vec<double> a, Vec<double> b, Vec<double> 
 static inline Vec<double> where(const uint8_t* p, Vec<double> yes, Vec<double> no) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return {_mm512_mask_blend_pd(__mmask8(_mm_test_epi8_mask(bytes, bytes)), no.v, yes.v)};
+}
+static inline Vec<double> except_lane(Vec<double> a, int lane, double fill) {
+  const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const __mmask8 mask = _mm512_cmpeq_epi64_mask(lanes, _mm512_set1_epi64(lane));
+  return {_mm512_mask_mov_pd(a.v, mask, _mm512_set1_pd(fill))};
 }
 static inline Vec<double> round(Vec<double> a) {
   return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -304,8 +335,18 @@ struct Vec<float> {
 static inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm256_add_ps(a.v, b.v)}; }
 static inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return {_mm256_sub_ps(a.v, b.v)}; }
 static inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm256_mul_ps(a.v, b.v)}; }
+static inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+static inline Vec<float> fms(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm256_fmsub_ps(a.v, b.v, c.v)};
+}
+static inline Vec<float> abs(Vec<float> a) {
+  return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)};
+}
+static inline Vec<float> copysign(Vec<float> magnitude, Vec<float> sign) {
+  return {_mm256_or_ps(abs(magnitude).v, _mm256_and_ps(_mm256_set1_ps(-0.0f), sign.v))};
 }
 static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.v, b.v)}; }
 static inline Vec<float> where_equal(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<float> no) {
@@ -315,6 +356,11 @@ static inline Vec<float> where(const uint8_t* p, Vec<float> yes, Vec<float> no) 
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   const __m256i zero = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_setzero_si256());
   return {_mm256_blendv_ps(yes.v, no.v, _mm256_castsi256_ps(zero))};
+}
+static inline Vec<float> except_lane(Vec<float> a, int lane, float fill) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i mask = _mm256_cmpeq_epi32(lanes, _mm256_set1_epi32(lane));
+  return {_mm256_blendv_ps(a.v, _mm256_set1_ps(fill), _mm256_castsi256_ps(mask))};
 }
 static inline Vec<float> round(Vec<float> a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -359,8 +405,17 @@ static inline Vec<double> operator-(Vec<double> a, Vec<double> b) {
 static inline Vec<double> operator*(Vec<double> a, Vec<double> b) {
   return {_mm256_mul_pd(a.v, b.v)};
 }
+static inline Vec<double> operator/(Vec<double> a, Vec<double> b) {
+  return {_mm256_div_pd(a.v, b.v)};
+}
 static inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm256_fmadd_pd(a.v, b.v, c.v)};
+}
+static inline Vec<double> abs(Vec<double> a) {
+  return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)};
+}
+static inline Vec<double> copysign(Vec<double> magnitude, Vec<double> sign) {
+  return {_mm256_or_pd(abs(magnitude).v, _mm256_and_pd(_mm256_set1_pd(-0.0), sign.v))};
 }
 static inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.v, b.v)}; }
 static inline Vec<double> where_equal(Vec<double> a, Vec<double> b, Vec<double> yes,
@@ -373,6 +428,10 @@ static inline Vec<double> where(const uint8_t* p, Vec<double> yes, Vec<double> n
   const __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
   const __m256i zero = _mm256_cmpeq_epi64(wide, _mm256_setzero_si256());
   return {_mm256_blendv_pd(yes.v, no.v, _mm256_castsi256_pd(zero))};
+}
+static inline Vec<double> except_lane(Vec<double> a, int lane, double fill) {
+  const __m256i mask = _mm256_cmpeq_epi64(_mm256_setr_epi64x(0, 1, 2, 3), _mm256_set1_epi64x(lane));
+  return {_mm256_blendv_pd(a.v, _mm256_set1_pd(fill), _mm256_castsi256_pd(mask))};
 }
 static inline Vec<double> round(Vec<double> a) {
   return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -441,10 +500,16 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+  friend Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+  friend Vec abs(Vec a) { return {A(fabs(a.v))}; }
+  friend Vec copysign(Vec a, Vec b) { return {A(::copysign(a.v, b.v))}; }
   // Two roundings: a library call for the one of a true fma would cost more than it is worth here.
   friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  // One rounding, where that is what it is for; of float in double.
+  friend Vec fms(Vec a, Vec b, Vec c) { return {A(double(a.v) * double(b.v) - double(c.v))}; }
   friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   friend Vec where_equal(Vec a, Vec b, Vec yes, Vec no) { return a.v == b.v ? yes : no; }
+  friend Vec except_lane(Vec a, int lane, A fill) { return lane == 0 ? Vec{fill} : a; }
   friend Vec where(const uint8_t* p, Vec yes, Vec no) { return *p ? yes : no; }
   // To even by the constant that pushes the fraction out of the significand; |a| is small here.
   friend Vec round(Vec a) {
@@ -515,6 +580,14 @@ static inline void store_pairs(Vec<float> first, Vec<float> second, bf16_pair* p
 }
 #endif
 
+// `x` in the first `n` lanes, 0 behind them.
+template <class A>
+static inline Vec<A> first_lanes(A x, int n) {
+  A lanes[Vec<A>::width];
+  for (int i = 0; i < Vec<A>::width; ++i) lanes[i] = i < n ? x : A(0);
+  return Vec<A>::load(lanes);
+}
+
 // The first `n` numbers at `p`, and `fill` in the lanes behind them.
 template <class A, class T>
 static inline Vec<A> load_partial(const T* p, int n, A fill) {
@@ -523,6 +596,44 @@ static inline Vec<A> load_partial(const T* p, int n, A fill) {
   return Vec<A>::load(lanes);
 }
 
+#if defined(FASTGPT_AVX512)
+static inline Vec<float> first_lanes(float x, int n) {
+  return {_mm512_maskz_mov_ps(__mmask16((1u << n) - 1), _mm512_set1_ps(x))};
+}
+static inline Vec<double> first_lanes(double x, int n) {
+  return {_mm512_maskz_mov_pd(__mmask8((1u << n) - 1), _mm512_set1_pd(x))};
+}
+static inline Vec<float> load_partial(const float* p, int n, float fill) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << n) - 1), p)};
+}
+static inline Vec<double> load_partial(const double* p, int n, double fill) {
+  return {_mm512_mask_loadu_pd(_mm512_set1_pd(fill), __mmask8((1u << n) - 1), p)};
+}
+static inline Vec<float> load_partial(const bf16* p, int n, float fill) {
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+  const __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, x)};
+}
+static inline Vec<float> load_partial(const fp16* p, int n, float fill) {
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  const __m512 x = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, x)};
+}
+static inline void store_partial(Vec<float> x, float* p, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), x.v);
+}
+static inline void store_partial(Vec<double> x, double* p, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), x.v);
+}
+static inline void store_partial(Vec<float> x, bf16* p, int n) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), x.to_bf16());
+}
+static inline void store_partial(Vec<float> x, fp16* p, int n) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), x.to_fp16());
+}
+#endif
+
 template <class A, class T>
 static inline void store_partial(Vec<A> x, T* p, int n) {
   A lanes[Vec<A>::width];
@@ -530,56 +641,131 @@ static inline void store_partial(Vec<A> x, T* p, int n) {
   for (int i = 0; i < n; ++i) p[i] = narrow<T>(lanes[i]);
 }
 
-// e^r on |r| <= ln(2) / 2: in float by the polynomial of degree 6 of least largest relative error
-// whose last two coefficients are 1 (4e-9, under a tenth of half an ulp; benchmarks/NOTES.md), in
-// double by its Taylor series. The first term that leaves out is 0.35^14 / 14! = 5e-18.
-static inline Vec<float> exp_reduced(Vec<float> r) {
+// The sum without its first term of e^r on |r| <= ln(2) / 2: in float by the polynomial of degree 6
+// of least largest relative error whose last two coefficients are 1 (4e-9, under a tenth of half an
+// ulp; benchmarks/NOTES.md), in double by its Taylor series. The first term that leaves out is
+// 0.35^14 / 14! = 5e-18.
+static inline Vec<float> expm1_reduced(Vec<float> r) {
   Vec<float> s = Vec<float>::all(0.00138145837f);
   s = fma(s, r, Vec<float>::all(0.00836872403f));
   s = fma(s, r, Vec<float>::all(0.041668389f));
   s = fma(s, r, Vec<float>::all(0.166665211f));
   s = fma(s, r, Vec<float>::all(0.49999994f));
   s = fma(s, r, Vec<float>::all(1.0f));
-  return fma(s, r, Vec<float>::all(1.0f));
+  return s * r;
 }
 
-static inline Vec<double> exp_reduced(Vec<double> r) {
+static inline Vec<double> expm1_over(Vec<double> r) {
   Vec<double> s = Vec<double>::all(1.0 / 6227020800.0);  // 1 / 13!
-  const double inverse_factorial[] = {1.0 / 479001600,
-                                      1.0 / 39916800,
-                                      1.0 / 3628800,
-                                      1.0 / 362880,
-                                      1.0 / 40320,
-                                      1.0 / 5040,
-                                      1.0 / 720,
-                                      1.0 / 120,
-                                      1.0 / 24,
-                                      1.0 / 6,
-                                      0.5,
-                                      1.0,
-                                      1.0};
+  const double inverse_factorial[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                                      1.0 / 40320,     1.0 / 5040,     1.0 / 720,     1.0 / 120,
+                                      1.0 / 24,        1.0 / 6,        0.5,           1.0};
   for (double c : inverse_factorial) s = fma(s, r, Vec<double>::all(c));
   return s;
 }
+static inline Vec<double> expm1_reduced(Vec<double> r) { return expm1_over(r) * r; }
+static inline Vec<double> exp_reduced(Vec<double> r) {
+  return fma(expm1_over(r), r, Vec<double>::all(1.0));
+}
 
-// e^x for x <= 0, -inf and NaN included, to about one ulp: x = n ln 2 + r with ln 2 in two pieces,
-// of which the first times n is exact (Cody and Waite, Software Manual for the Elementary
-// Functions, 1980). The clamp keeps n in range; e^x is 0 below it in either type.
-static inline Vec<float> exp(Vec<float> x) {
+// x = n ln 2 + r with ln 2 in two pieces, of which the first times n is exact (Cody and Waite,
+// Software Manual for the Elementary Functions, 1980). x is clamped so that n is in range: e^x is 0
+// below in either type.
+template <class A>
+struct Reduced {
+  Vec<A> n, r;
+};
+
+static inline Reduced<float> reduce(Vec<float> x) {
   x = max(Vec<float>::all(-105.0f), x);
   const Vec<float> n = round(x * Vec<float>::all(1.44269504f));
   Vec<float> r = fma(n, Vec<float>::all(-0x1.62e4p-1f), x);
-  r = fma(n, Vec<float>::all(-0x1.7f7d1cp-20f), r);
-  return scale_by_power(exp_reduced(r), n);
+  return {n, fma(n, Vec<float>::all(-0x1.7f7d1cp-20f), r)};
 }
 
-static inline Vec<double> exp(Vec<double> x) {
+static inline Reduced<double> reduce(Vec<double> x) {
   x = max(Vec<double>::all(-746.0), x);
   const Vec<double> n = round(x * Vec<double>::all(1.4426950408889634));
   Vec<double> r = fma(n, Vec<double>::all(-0x1.62e42feep-1), x);
-  r = fma(n, Vec<double>::all(-0x1.a39ef35793c76p-33), r);
-  return scale_by_power(exp_reduced(r), n);
+  return {n, fma(n, Vec<double>::all(-0x1.a39ef35793c76p-33), r)};
 }
+
+// e^x for x <= 0 and e^x - 1, each to about an ulp of itself.
+template <class A>
+struct Exponential {
+  Vec<A> value, minus_one;
+};
+
+template <class A>
+static inline Exponential<A> exponential(Vec<A> x) {
+  const Reduced<A> reduced = reduce(x);
+  const Vec<A> m = expm1_reduced(reduced.r);
+  const Vec<A> power = scale_by_power(Vec<A>::all(1), reduced.n);
+  return {fma(power, m, power), fma(power, m, power - Vec<A>::all(1))};
+}
+
+// 2^r on |r| <= 1/2, or on [0, 1): polynomials of degree 6 of least largest relative error with the
+// last coefficient 1, 3e-9 and 2e-9.
+static inline Vec<float> exp2_reduced(Vec<float> r) {
+  const float coefficients[] = {0.00133908063f, 0.00961850584f, 0.0555035993f,
+                                0.240226477f,   0.693147182f,   1.0f};
+  Vec<float> s = Vec<float>::all(0.000153264729f);
+  for (float c : coefficients) s = fma(s, r, Vec<float>::all(c));
+  return s;
+}
+
+static inline Vec<float> exp2_fraction(Vec<float> r) {
+  const float coefficients[] = {0.001248229f, 0.009673775f, 0.055486184f,
+                                0.24022909f,  0.69314706f,  1.0f};
+  Vec<float> s = Vec<float>::all(0.00021565972f);
+  for (float c : coefficients) s = fma(s, r, Vec<float>::all(c));
+  return s;
+}
+
+#if defined(FASTGPT_AVX512)
+// 2^x = 2^fraction 2^floor, which the instruction takes of x itself. That of -inf is 2^0 2^-inf.
+static inline Vec<float> exp2_to_the(Vec<float> x) {
+  const Vec<float> fraction{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  return scale_by_power(exp2_fraction(fraction), x);
+}
+#else
+static inline Vec<float> exp2_to_the(Vec<float> x) {
+  x = max(Vec<float>::all(-151.0f), x);
+  const Vec<float> n = round(x);
+  return scale_by_power(exp2_reduced(x - n), n);
+}
+#endif
+
+// e^x for x <= 1, -inf and NaN included, for a difference of logits of the type T. That of float
+// logits must have its last bits however far below 0 it is: x log2(e) is rounded to find the power
+// of 2 only, and what is left over is formed by multiply-adds, of log2(e) in two pieces.
+template <class T>
+struct ExpOf {
+  static Vec<float> of(Vec<float> x) {
+    const Vec<float> log2e = Vec<float>::all(1.44269504f);
+    x = max(Vec<float>::all(-105.0f), x);
+    const Vec<float> n = round(x * log2e);
+    const Vec<float> r = fma(x, Vec<float>::all(1.92596303e-8f), fms(x, log2e, n));
+    return scale_by_power(exp2_reduced(r), n);
+  }
+};
+
+template <>
+struct ExpOf<double> {
+  static Vec<double> of(Vec<double> x) {
+    const Reduced<double> reduced = reduce(x);
+    return scale_by_power(exp_reduced(reduced.r), reduced.n);
+  }
+};
+
+// 16-bit logits: the rounding of x log2(e), a millionth of e^-20, is lost in theirs.
+struct ExpOfHalf {
+  static Vec<float> of(Vec<float> x) { return exp2_to_the(x * Vec<float>::all(1.44269504f)); }
+};
+template <>
+struct ExpOf<bf16> : ExpOfHalf {};
+template <>
+struct ExpOf<fp16> : ExpOfHalf {};
 
 // 2^x likewise, for x <= 0 and what rounding lets a little above, of several registers in step: the
 // chain of one is longer than a processor looks ahead.

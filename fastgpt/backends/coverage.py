@@ -5,23 +5,58 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastgpt.dispatch import nested_forward_levels
 from fastgpt.ops.attention import AttentionCall
-from fastgpt.ops.cross_entropy import CrossEntropyCall, class_rows
+from fastgpt.ops.cross_entropy import CrossEntropyCall, by_columns, class_rows, positions
+from fastgpt.ops.raw import accumulator_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def cross_entropy(call: CrossEntropyCall) -> str:
-    """Why no kernel can do this call; empty where one can."""
-    if call.target.is_floating_point():
-        return "probability targets"
-    reason = _tensor("logits", call.logits)
+def cross_entropy(call: CrossEntropyCall, rows: bool) -> str:
+    """Why no kernel can do this call; empty where one can. `rows`: whether the kernels read only
+    rows whose classes lie together.
+    """
+    logits, target = call.logits, call.target
+    reason = _tensor("logits", logits)
     if reason:
         return reason
-    if call.logits.shape[1] == 0:
+    if logits.shape[1] == 0:
         return "no classes"
-    if class_rows(call.logits) is None:
-        return "strides: the classes of a row do not lie together, or the rows at no one distance"
+    if reason := _strides(logits, rows):
+        return f"strides: {reason}"
+    if call.inplace_backward and _apart(logits):
+        return "strides: neither the classes of a row nor the positions lie together"
+    if target.is_floating_point() and (reason := _probabilities(call, rows)):
+        return reason
     return _transforms()
+
+
+def _probabilities(call: CrossEntropyCall, rows: bool) -> str:
+    logits, target = call.logits, call.target
+    if target.dtype not in (logits.dtype, accumulator_dtype(logits.dtype)):
+        return f"probabilities of type {target.dtype} for logits of type {logits.dtype}"
+    if reason := _tensor("probabilities", target):
+        return reason
+    if reason := _strides(target, rows):
+        return f"strides of the probabilities: {reason}"
+    if call.weight is not None and call.weight.requires_grad and torch.is_grad_enabled():
+        return "a gradient of weight"
+    return ""
+
+
+def _strides(logits: torch.Tensor, rows: bool) -> str:
+    if rows and class_rows(logits) is None:
+        return "the classes of a row do not lie together, or the rows at no one distance"
+    if rows:
+        return ""
+    if positions(logits) is None:
+        return "the positions of a row lie at no one distance"
+    return ""
+
+
+def _apart(logits: torch.Tensor) -> bool:
+    """Whether neither the classes of a row nor the positions lie together: they are copied."""
+    x = positions(logits)
+    return x is not None and x.shape[1] != 1 and x.stride(1) != 1 and not by_columns(x)
 
 
 def attention(call: AttentionCall, max_head_dim: int) -> str:

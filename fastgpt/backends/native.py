@@ -12,6 +12,7 @@ from typing import Any
 from fastgpt.backends import coverage
 from fastgpt.dispatch import NOT_IMPLEMENTED, Cell, register
 from fastgpt.ops.attention import AttentionCall
+from fastgpt.ops.cross_entropy import CrossEntropyCall
 
 MAX_HEAD_DIM = 512  # a tile of it and its gradients still fits the caches
 
@@ -63,11 +64,15 @@ def isa() -> str | None:
     return extension.isa() if extension else None
 
 
+def _covers_cross_entropy(call: CrossEntropyCall) -> str:
+    return coverage.cross_entropy(call, rows=False)
+
+
 def _covers_attention(call: AttentionCall) -> str:
     return coverage.attention(call, MAX_HEAD_DIM)
 
 
-register(Cell("cross_entropy", "native", "cpu", _reason, coverage.cross_entropy))
+register(Cell("cross_entropy", "native", "cpu", _reason, _covers_cross_entropy))
 register(Cell("cross_entropy", "native", "cuda", NOT_IMPLEMENTED))
 register(Cell("scaled_dot_product_attention", "native", "cpu", _reason, _covers_attention))
 register(Cell("scaled_dot_product_attention", "native", "cuda", NOT_IMPLEMENTED))

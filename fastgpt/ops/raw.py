@@ -18,12 +18,14 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """A batch of problems as one problem with batch_size times as many rows."""
+def fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Any, ...]) -> list[Any]:
+    """A batch of problems as one problem with batch_size times as many rows. None stays None."""
 
-    def batched(x: Tensor, dim: int | None) -> Tensor:
+    def batched(x: Tensor | None, dim: int | None) -> Tensor | None:
+        if x is None:
+            return None
         if dim is None:
-            return x.unsqueeze(0).expand(info.batch_size, *x.shape)
-        return x.movedim(dim, 0)
+            x, dim = x.expand(info.batch_size, *x.shape), 0
+        return x.movedim(dim, 0).flatten(0, 1)
 
-    return [batched(x, dim).flatten(0, 1) for x, dim in zip(tensors, in_dims, strict=True)]
+    return [batched(x, dim) for x, dim in zip(tensors, in_dims, strict=True)]

@@ -26,32 +26,6 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return shifted - shifted.exp().sum(1, keepdim=True).log()
 
 
-def _reduce(loss: Tensor, denominator: Tensor | int, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / denominator
-
-
-def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Tensor:
-    """The whole contract of `torch.nn.functional.cross_entropy`, for logits (N, C, ...).
-
-    Computes in float32 (float64 for float64) and returns that type.
-    """
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if weight is not None:
-        weight = weight.to(x.dtype)
-    if target.is_floating_point():
-        return _of_probabilities(x, target, weight, reduction, label_smoothing)
-    return _of_classes(x, target.long(), weight, ignore_index, reduction, label_smoothing)
-
-
 def _at_target(log_p: Tensor, y: Tensor) -> Tensor:
     """log_p_y for each row, with torch's IndexError for a class that does not exist."""
     try:
@@ -66,41 +40,61 @@ def _at_target(log_p: Tensor, y: Tensor) -> Tensor:
         ) from None
 
 
-def _of_classes(
-    x: Tensor,
+def cross_entropy(
+    logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Tensor:
-    """Target (N, ...) of classes y, smoothing s: -(1 - s) w_y log p_y - s / C sum_j w_j log p_j.
+    ignore_index: int = -100,
+    hard: float = 1.0,
+    spread: float = 0.0,
+    softcap: float = 0.0,
+    partial: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Loss and lse of each row, (N, ...), for logits (N, C, ...); the options are `ops`' Options.
 
-    The weighted mean divides by the sum of the targets' weights.
+    Target (N, ...) of classes t: -hard w_t log p_t - spread sum_j w_j log p_j. Target (N, C, ...)
+    of probabilities q: -sum_j w_j (hard q_j + spread) log p_j. Computes in float32 (float64 for
+    float64, and for a slice of the classes) and returns that type.
     """
-    kept = target != ignore_index
-    y = target.masked_fill(~kept, 0)
-    # Zeroed before the softmax: NaN in an ignored row must reach neither the loss nor the gradient.
-    log_p = _log_softmax(x.masked_fill(~kept.unsqueeze(1), 0))
-    loss = -_at_target(log_p, y)
-    row_weight = kept.to(x.dtype) if weight is None else weight[y] * kept
-    loss = loss * row_weight if weight is not None else loss.masked_fill(~kept, 0)
-    if label_smoothing > 0:
-        if weight is not None:
-            log_p = log_p * weight.view(-1, *[1] * (x.dim() - 2))
-        smooth = -log_p.sum(1).masked_fill(~kept, 0)
-        loss = (1 - label_smoothing) * loss + (label_smoothing / x.shape[1]) * smooth
-    return _reduce(loss, row_weight.sum(), reduction)
-
-
-def _of_probabilities(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
-) -> Tensor:
-    """Target (N, C, ...) of probabilities q: -sum_j w_j q_j log p_j, the mean over positions."""
-    q = target.to(torch.promote_types(x.dtype, target.dtype))
-    if label_smoothing > 0:
-        q = (1 - label_smoothing) * q + label_smoothing / x.shape[1]
+    of_probabilities = target.is_floating_point()
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if partial:
+        x = x.double()
+    here = kept = None
+    if not of_probabilities:
+        target = target.long()
+        kept = target != ignore_index
+        here = kept & (target >= 0) & (target < x.shape[1]) if partial else kept
+        # Zeroed before the softmax: NaN in an ignored row must reach neither loss nor gradient.
+        x = x.masked_fill(~kept.unsqueeze(1), 0)
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    dead = None
+    if partial:  # all of a slice's classes at -inf: their softmax would be NaN
+        dead = (x == -torch.inf).all(1)
+        x = x.masked_fill(dead.unsqueeze(1), 0)
+    log_p, lse = _log_softmax(x), torch.logsumexp(x, 1)
+    if dead is not None:
+        lse = lse.masked_fill(dead, -torch.inf)
+    columns = None
     if weight is not None:
-        q = q * weight.view(-1, *[1] * (x.dim() - 2))
-    loss = -(q * _log_softmax(x)).sum(1)
-    return _reduce(loss, loss.numel(), reduction)
+        weight = weight.to(x.dtype)
+        columns = weight.view(-1, *[1] * (x.dim() - 2))
+    if here is None or kept is None:
+        q = target.to(torch.promote_types(x.dtype, target.dtype))
+        if spread:
+            q = hard * q + spread
+        elif hard != 1:
+            q = hard * q
+        return -(q * log_p if columns is None else q * columns * log_p).sum(1), lse
+    t = target.masked_fill(~here, 0)
+    loss = -_at_target(log_p, t)
+    if weight is not None:
+        loss = loss * weight[t]
+    if hard != 1:
+        loss = hard * loss
+    loss = loss.masked_fill(~here, 0)
+    if spread:
+        even = -(log_p if columns is None else log_p * columns).sum(1).masked_fill(~kept, 0)
+        loss = loss + spread * even
+    return loss, lse.masked_fill(~kept, 0)

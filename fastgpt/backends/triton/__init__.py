@@ -77,7 +77,7 @@ def _covers_device(device: torch.device) -> str:
 
 
 def _covers_cross_entropy(call: CrossEntropyCall) -> str:
-    return _covers_device(call.logits.device) or coverage.cross_entropy(call)
+    return _covers_device(call.logits.device) or coverage.cross_entropy(call, rows=True)
 
 
 def _covers_attention(call: AttentionCall) -> str:
@@ -110,7 +110,11 @@ def _kernel(op: str, which: str) -> Any:
     return launch
 
 
+_WHICH = {
+    "cross_entropy": ("forward", "backward", "backward_in_place"),
+    "attention": ("forward", "backward"),
+}
 for _op, _module in (("cross_entropy", cross_entropy_op), ("attention", attention_op)):
     _module.LAUNCHERS["triton"] = _module.define("fastgpt_triton")
-    for _which in ("forward", "backward"):
+    for _which in _WHICH[_op]:
         torch.library.impl(f"fastgpt_triton::{_op}_{_which}", ("CPU", "CUDA"), _kernel(_op, _which))
