@@ -70,80 +70,134 @@ double get(DType dtype, const void* data, int64_t i) {
   return half & 0x8000 ? -magnitude : magnitude;
 }
 
+// What a call of cross-entropy is given.
+struct LossOptions {
+  bool stream, weighted, by_columns, probabilities, wide, partial, in_place;
+  double smoothing, softcap;
+};
+
 template <class A>
 bool check_cross_entropy(const Kernels& kernels, DType dtype, int64_t rows, int64_t classes,
-                         bool stream, bool weighted, double smoothing) {
-  // Each row in the middle of nothing: exact allocations, so that one element too many is caught.
+                         const LossOptions& o) {
+  // Exact allocations, so that one element too many is caught. By columns, the rows are the
+  // positions of one sequence.
+  const DType accumulator = dtype == kFloat64 ? kFloat64 : kFloat32;
+  const DType q_dtype = o.wide ? accumulator : dtype;
   std::vector<uint8_t> logits(size_t(rows * classes) * kBytes[dtype]), grad(logits.size());
+  std::vector<uint8_t> q(size_t(o.probabilities ? rows * classes : 0) * kBytes[q_dtype]);
   std::vector<int64_t> target(static_cast<size_t>(rows));
-  std::vector<A> loss(target.size()), row_max(target.size()), rest(target.size()), g(target.size());
+  std::vector<A> row_max(target.size()), rest(target.size()), g(target.size()), h(target.size());
+  std::vector<uint8_t> loss(target.size() * (o.partial ? 8 : sizeof(A))), lse(loss.size());
+  const DType loss_dtype = o.partial ? kFloat64 : accumulator;
   std::normal_distribution<double> normal(0, 3);
+  const auto place = [&](int64_t r, int64_t j) {
+    return o.by_columns ? j * rows + r : r * classes + j;
+  };
   for (int64_t i = 0; i < rows * classes; ++i) put(dtype, logits.data(), i, normal(generator));
+  for (int64_t i = 0; o.probabilities && i < rows * classes; ++i)
+    put(q_dtype, q.data(), i, std::fabs(normal(generator)) / double(classes));
   for (int64_t r = 0; r < rows; ++r) {
-    target[size_t(r)] = r % 5 == 4 ? kIgnore : int64_t(generator() % uint64_t(classes));
+    target[size_t(r)] = r % 5 == 4                ? kIgnore
+                        : o.partial && r % 5 == 2 ? classes + r
+                                                  : int64_t(generator() % uint64_t(classes));
     g[size_t(r)] = A(normal(generator));
+    h[size_t(r)] = A(normal(generator));
   }
-  std::vector<A> weight(size_t(weighted ? classes : 0));
-  double weight_sum = weighted ? 0 : double(classes);
+  std::vector<A> weight(size_t(o.weighted ? classes : 0));
+  double weight_sum = o.weighted ? 0 : double(classes);
   for (A& w : weight) weight_sum += double(w = A(std::fabs(normal(generator))));
-  const double total_weight = smoothing == 0 ? 0 : weight_sum;
-  const CrossEntropyForward forward{logits.data(),
-                                    classes,
-                                    target.data(),
-                                    1,
-                                    classes,
-                                    kIgnore,
-                                    weighted ? weight.data() : nullptr,
-                                    total_weight,
-                                    smoothing,
-                                    loss.data(),
-                                    row_max.data(),
-                                    rest.data()};
+
+  CrossEntropy call{};
+  call.logits = logits.data();
+  call.at = o.by_columns ? Places{0, 1, rows} : Places{classes, 0, 1};
+  call.by_columns = o.by_columns;
+  call.positions = o.by_columns ? rows : 1;
+  call.classes = classes;
+  if (o.probabilities) {
+    call.probabilities = q.data();
+    call.probability_at = call.at;
+    call.probabilities_wide = o.wide;
+  } else {
+    call.target = target.data();
+    call.target_outer = o.by_columns ? 0 : 1;
+    call.target_inner = o.by_columns ? 1 : 0;
+  }
+  call.ignore_index = kIgnore;
+  call.partial = o.partial;
+  if (o.weighted) call.weight = weight.data();
+  call.hard = 1 - o.smoothing;
+  call.spread = o.smoothing / double(classes);
+  call.total_weight = o.smoothing == 0 ? 0 : weight_sum;
+  call.softcap = o.softcap;
+  CrossEntropyForward forward{};
+  static_cast<CrossEntropy&>(forward) = call;
+  forward.loss = loss.data();
+  forward.lse = lse.data();
+  forward.row_max = row_max.data();
+  forward.rest = rest.data();
   kernels.cross_entropy_forward[dtype](forward, 0, rows);
-  const CrossEntropyBackward backward{g.data(),
-                                      1,
-                                      logits.data(),
-                                      classes,
-                                      target.data(),
-                                      1,
-                                      classes,
-                                      kIgnore,
-                                      weighted ? weight.data() : nullptr,
-                                      total_weight,
-                                      smoothing,
-                                      row_max.data(),
-                                      rest.data(),
-                                      grad.data(),
-                                      stream};
+  const std::vector<uint8_t> before = logits;
+  CrossEntropyBackward backward{};
+  static_cast<CrossEntropy&>(backward) = call;
+  const int64_t outer = o.by_columns ? 0 : 1, inner = o.by_columns ? 1 : 0;
+  backward.grad_loss = {g.data(), outer, inner};
+  backward.grad_lse = {h.data(), outer, inner};
+  backward.row_max = row_max.data();
+  backward.rest = rest.data();
+  backward.grad_logits = o.in_place ? logits.data() : grad.data();
+  backward.out = call.at;
+  backward.stream = o.stream;
   kernels.cross_entropy_backward[dtype](backward, 0, rows);
 
   const double tolerance = dtype == kFloat64 ? 1e-13 : dtype == kFloat32 ? 1e-5 : 2e-2;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = target[size_t(r)];
+    const bool ignored = !o.probabilities && t == kIgnore;
+    std::vector<double> y(static_cast<size_t>(classes)), slope(y.size(), 1.0);
     double total = 0;
-    for (int64_t j = 0; j < classes; ++j)
-      total += std::exp(get(dtype, logits.data(), r * classes + j));
+    for (int64_t j = 0; j < classes; ++j) {
+      double& v = y[size_t(j)] = get(dtype, before.data(), place(r, j));
+      if (o.softcap != 0) {
+        const double u = std::tanh(v / o.softcap);
+        v = o.softcap * u;
+        slope[size_t(j)] = 1 - u * u;
+      }
+      total += std::exp(v);
+    }
     // What the row asks of class j.
     const auto asked = [&](int64_t j) {
-      const double w = weighted ? double(weight[size_t(j)]) : 1;
-      return w * (smoothing / double(classes) + (j == t ? 1 - smoothing : 0));
+      const double w = o.weighted ? double(weight[size_t(j)]) : 1;
+      const double wanted =
+          o.probabilities ? get(q_dtype, q.data(), place(r, j)) : (j == t ? 1.0 : 0.0);
+      return w * (o.smoothing / double(classes) + (1 - o.smoothing) * wanted);
     };
     double expected_loss = 0, amount = 0;
-    for (int64_t j = 0; j < classes && t != kIgnore; ++j) {
-      expected_loss += asked(j) * (std::log(total) - get(dtype, logits.data(), r * classes + j));
+    for (int64_t j = 0; j < classes && !ignored; ++j) {
+      expected_loss += asked(j) * (std::log(total) - y[size_t(j)]);
       amount += asked(j);
     }
-    bool good = std::fabs(double(loss[size_t(r)]) - expected_loss) <= 1e-5 * (1 + expected_loss);
+    const double expected_lse = ignored ? 0 : std::log(total);
+    const double got_loss = get(loss_dtype, loss.data(), r),
+                 got_lse = get(loss_dtype, lse.data(), r);
+    bool good = std::fabs(got_loss - expected_loss) <= 1e-5 * (1 + expected_loss) &&
+                std::fabs(got_lse - expected_lse) <= 1e-5 * (1 + std::fabs(expected_lse));
+    const double upstream = double(g[size_t(r)]), of_lse = double(h[size_t(r)]);
     for (int64_t j = 0; j < classes; ++j) {
-      const double p = std::exp(get(dtype, logits.data(), r * classes + j)) / total;
-      const double expected = t == kIgnore ? 0 : double(g[size_t(r)]) * (amount * p - asked(j));
-      const double got = get(dtype, grad.data(), r * classes + j);
-      good = good && std::fabs(got - expected) <=
-                         tolerance * std::max(1.0, amount) * std::fabs(double(g[size_t(r)]));
+      const double p = std::exp(y[size_t(j)]) / total;
+      const double expected =
+          ignored ? 0 : slope[size_t(j)] * (upstream * (amount * p - asked(j)) + of_lse * p);
+      const double got = get(dtype, backward.grad_logits, place(r, j));
+      good =
+          good && std::fabs(got - expected) <=
+                      tolerance * (std::max(1.0, amount) * std::fabs(upstream) + std::fabs(of_lse));
     }
     if (!good) {
-      std::printf("%s: dtype %d, %lld classes, row %lld is wrong\n", kernels.isa, int(dtype),
-                  static_cast<long long>(classes), static_cast<long long>(r));
+      std::printf(
+          "%s: dtype %d, %lld classes, row %lld is wrong: weighted %d, columns %d, "
+          "probabilities %d (wide %d), partial %d, in place %d, smoothing %g, cap %g\n",
+          kernels.isa, int(dtype), static_cast<long long>(classes), static_cast<long long>(r),
+          o.weighted, o.by_columns, o.probabilities, o.wide, o.partial, o.in_place, o.smoothing,
+          o.softcap);
       return false;
     }
   }
@@ -431,12 +485,23 @@ int main() {
   for (int i = 0; i < isa_count(); ++i) {
     for (int dtype = 0; dtype < kDTypes; ++dtype) {
       for (int64_t classes : sizes) {
-        for (int options = 0; options < 8; ++options) {
-          const auto check =
-              dtype == kFloat64 ? check_cross_entropy<double> : check_cross_entropy<float>;
-          const bool stream = options & 1, weighted = options & 2;
-          const double smoothing = options & 4 ? 0.3 : 0;
-          if (!check(isa_at(i), DType(dtype), 7, classes, stream, weighted, smoothing)) return 1;
+        const auto check =
+            dtype == kFloat64 ? check_cross_entropy<double> : check_cross_entropy<float>;
+        for (int bits = 0; bits < 64; ++bits) {
+          LossOptions o{};
+          o.stream = bits & 1;
+          o.weighted = bits & 2;
+          o.smoothing = bits & 4 ? 0.3 : 0;
+          o.by_columns = bits & 8;
+          o.probabilities = bits & 16;
+          o.softcap = bits & 32 ? 5 : 0;
+          o.wide = bits & 4;
+          o.partial = bits % 3 == 0;
+          o.in_place = !o.stream && bits % 5 != 0;
+          // Beyond one block of columns it is the classes that matter.
+          const int64_t rows = !o.by_columns ? 7 : classes < 200 ? 71 : 3;
+          if (classes > 200 && bits % 4 != classes % 4 && bits > 7) continue;
+          if (!check(isa_at(i), DType(dtype), rows, classes, o)) return 1;
           ++checked;
         }
       }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FULL_DTYPES = (torch.float32, torch.float64)
@@ -129,6 +130,128 @@ def errors(loss, gradient, target, truth: Exact) -> Errors:
         relative(got[rows, t], want[rows, t]),
         relative(got, want),
     )
+
+
+class ExactOptions(NamedTuple):
+    """Loss and lse (N,) and the gradients (N, C) of rows, as NumPy arrays of a wider type."""
+
+    loss: np.ndarray
+    lse: np.ndarray
+    gradient: np.ndarray
+    target_gradient: np.ndarray | None  # of probabilities
+
+
+def exact_options(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    upstream: torch.Tensor,
+    upstream_lse: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    smoothing: float = 0.0,
+    softcap: float | None = None,
+) -> ExactOptions:
+    """Unreduced loss and lse of (N, C) logits and the gradients for `upstream` and `upstream_lse`
+    (N,), for targets that are classes (N,) or probabilities (N, C).
+
+    With y = k tanh(x / k) for a softcap of k: sum over j of c_j (lse - y_j), where c_j is
+    s / C w_j and (1 - s) w_j q_j more, and q_j of a class is 1 at the class.
+    """
+    x = wide(logits)
+    kind, classes, rows = x.dtype.type, x.shape[1], np.arange(len(x))
+
+    def as_wide(tensor):
+        return tensor.detach().double().numpy().astype(x.dtype)
+
+    slope = np.ones_like(x)
+    if softcap:
+        with np.errstate(over="ignore"):
+            slope = 1 / np.cosh(x / kind(softcap)) ** 2
+        x = kind(softcap) * np.tanh(x / kind(softcap))
+    w = np.ones(classes, x.dtype) if weight is None else as_wide(weight)
+    hard, spread = 1 - kind(smoothing), kind(smoothing) / classes
+    g = as_wide(upstream)[:, None]
+    g_lse = np.zeros_like(g) if upstream_lse is None else as_wide(upstream_lse)[:, None]
+
+    highest = x.max(1)
+    shifted = x - highest[:, None]
+    powers = np.exp(shifted)
+    first = x.argmax(1)
+    below = powers.copy()  # all but one largest, so that their sum keeps what is small beside it
+    below[rows, first] = 0
+    log_total = np.log1p(below.sum(1))
+    p = powers / powers.sum(1, keepdims=True)
+    of_each = log_total[:, None] - shifted  # lse - y, none below zero
+    lse = highest + log_total
+    if target.is_floating_point():
+        c = hard * w * as_wide(target) + spread * w
+        gradient = slope * (g * (c.sum(1, keepdims=True) * p - c) + g_lse * p)
+        return ExactOptions((c * of_each).sum(1), lse, gradient, g * hard * w * of_each)
+    t = target.numpy()
+    others = powers.copy()
+    others[rows, t] = 0
+    at_target = hard * w[t][:, None]
+    smooth = spread * w
+    gradient = g * (at_target * p + smooth.sum() * p - smooth) + g_lse * p
+    confident = -others.sum(1) / powers.sum(1)  # p - 1
+    gradient[rows, t] = (
+        g[:, 0] * (at_target[:, 0] * confident + smooth.sum() * p[rows, t] - smooth[t])
+        + g_lse[:, 0] * p[rows, t]
+    )
+    loss = at_target[:, 0] * of_each[rows, t] + (smooth * of_each).sum(1)
+    return ExactOptions(loss, lse, slope * gradient, None)
+
+
+def torchs_composition(
+    logits, target, weight=None, *, reduction="mean", label_smoothing=0.0, ignore_index=-100,
+    softcap=None, z_loss=0.0, return_lse=False,
+):  # fmt: skip
+    """`fastgpt.cross_entropy` with its further keywords, in torch's own functions."""
+    of_classes = not target.is_floating_point()
+    classes = 1 if logits.dim() > 1 else 0
+    ignored = target == ignore_index
+    if of_classes:
+        logits = logits.masked_fill(ignored.unsqueeze(classes), 0)
+    y = softcap * torch.tanh(logits / softcap) if softcap else logits
+    loss = F.cross_entropy(
+        y, target, weight,
+        reduction=reduction, label_smoothing=label_smoothing, ignore_index=ignore_index,
+    )  # fmt: skip
+    lse = torch.logsumexp(y, classes)
+    count = lse.numel()
+    if of_classes:
+        lse = lse.masked_fill(ignored, 0)
+        count = (~ignored).sum()
+    if z_loss:
+        squares = lse.square()
+        if reduction == "mean":
+            loss = loss + z_loss * squares.sum() / count
+        else:
+            loss = loss + z_loss * (squares if reduction == "none" else squares.sum())
+    return (loss, lse) if return_lse else loss
+
+
+def random_class_weight(classes, dtype=torch.float64, seed=5):
+    """(C,) between 0.5 and 1.5, and zero for every seventh class."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.5
+    weight[3::7] = 0
+    return weight.to(dtype)
+
+
+def random_probabilities(logits, dtype=None, seed=7):
+    """Shaped like `logits`, positive, and not of sum 1."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
+    return (q / q.shape[min(1, q.dim() - 1)] * 3).to(dtype or logits.dtype)
+
+
+def relative_error(got: torch.Tensor, want: np.ndarray) -> float:
+    """The largest error, relative to the largest magnitude of the truth."""
+    difference, size = abs(got.double().numpy() - want).max(initial=0), abs(want).max(initial=0)
+    if size == 0:
+        assert difference == 0, "expected zeros"
+        return 0.0
+    return float(difference / size)
 
 
 def within_half_ulp(got: torch.Tensor, want: np.ndarray, slack: float, flushed=False) -> bool:

@@ -14,7 +14,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import fastgpt
 from fastgpt.backends import native
-from fastgpt.ops.cross_entropy import LAUNCHERS
+from fastgpt.ops.cross_entropy import LAUNCHERS, Options
 
 
 def small(n=4, classes=5, seed=0):
@@ -434,7 +434,7 @@ def test_batched_backward_is_wrong(backend):
 
 # ---- the raw operators ----
 
-PLAIN = (None, -100, 0.0)  # no weight, the default ignore_index, no smoothing
+PLAIN = (None, *Options())
 OPCHECKS = (
     "test_schema",
     "test_autograd_registration",
@@ -448,13 +448,13 @@ def test_opcheck_finds_fault_with_a_raw_operator(best_kernel, dtype):
     forward, backward = LAUNCHERS[best_kernel.name]
     logits, target = best_kernel.placed(random_logits(5, 7, dtype=dtype))
     target[1] = -100
-    loss, row_max, rest = forward(logits, target, *PLAIN)
+    loss, lse, row_max, rest = forward(logits, target, *PLAIN)
     upstream = random_like(loss).requires_grad_()
     logits.requires_grad_()
     torch.library.opcheck(forward, (logits, target, *PLAIN), test_utils=OPCHECKS)
     torch.library.opcheck(
         backward,
-        (upstream, logits, target, None, row_max, rest, -100, 0.0),
+        (upstream, random_like(lse, 3), logits, target, None, row_max, rest, *Options()),
         test_utils=OPCHECKS,
     )
 
@@ -464,22 +464,24 @@ def test_a_raw_operators_own_gradient_is_wrong(kernel):
     logits, target = kernel.placed(small())
     x = logits.clone().requires_grad_()
     upstream = random_like(logits[:, 0])
-    loss, row_max, rest = forward(x, target, *PLAIN)
+    loss, _, row_max, rest = forward(x, target, *PLAIN)
     assert not row_max.requires_grad
     assert not rest.requires_grad
     (got,) = torch.autograd.grad(loss, x, upstream)
     want = gradient_of(lambda x: F.cross_entropy(x, target, reduction="none"), logits, upstream)[1]
     close(got, want)
     assert torch.autograd.gradcheck(
-        lambda g, x: backward(g, x, target, None, *forward(x, target, *PLAIN)[1:], -100, 0.0),
-        (upstream.clone().requires_grad_(), logits.clone().requires_grad_()),
+        lambda g, h, x: backward(
+            g, h, x, target, None, *forward(x, target, *PLAIN)[2:], *Options()
+        ),
+        tuple(t.clone().requires_grad_() for t in (upstream, upstream.flip(0), logits)),
     )
 
 
 def test_a_raw_operator_accepts_what_its_kernel_cannot_read(best_kernel):
     forward, backward = LAUNCHERS[best_kernel.name]
     logits, target = best_kernel.placed(random_logits(4, 5))
-    loss, row_max, rest = forward(logits, target, *PLAIN)
+    loss, _, row_max, rest = forward(logits, target, *PLAIN)
     bad_forward = [
         (logits[0], target, *PLAIN),
         (logits, target[:3], *PLAIN),
@@ -488,20 +490,20 @@ def test_a_raw_operator_accepts_what_its_kernel_cannot_read(best_kernel):
         (logits[:, :0], target, *PLAIN),
     ]
     bad_backward = [
-        (loss[:3], logits, target, None, row_max, rest),
-        (loss.double(), logits, target, None, row_max, rest),
-        (loss, logits, target, None, row_max[:1].expand(4), rest),
-        (loss, logits, target, None, row_max, rest.bfloat16()),
+        (loss[:3], None, logits, target, None, row_max, rest),
+        (loss.double(), None, logits, target, None, row_max, rest),
+        (loss, None, logits, target, None, row_max[:1].expand(4), rest),
+        (loss, None, logits, target, None, row_max, rest.bfloat16()),
     ]
     if best_kernel.device == "cpu":  # on a GPU it is an assertion of the device's
         bad_forward.append((logits, target + 5, *PLAIN))
-        bad_backward.append((loss, logits, target - 9, None, row_max, rest))
+        bad_backward.append((loss, None, logits, target - 9, None, row_max, rest))
     for arguments in bad_forward:
         with pytest.raises(RuntimeError):
             forward(*arguments)
     for arguments in bad_backward:
         with pytest.raises(RuntimeError):
-            backward(*arguments, -100, 0.0)
+            backward(*arguments, *Options())
 
 
 def test_a_raw_operator_reads_other_strides_wrongly(kernel):
@@ -511,8 +513,11 @@ def test_a_raw_operator_reads_other_strides_wrongly(kernel):
     strided = logits.t().contiguous().t()
     for got, want in zip(forward(strided, target, *PLAIN), dense, strict=True):
         assert torch.equal(got, want)
-    gradient = backward(dense[0], logits, target, None, *dense[1:], -100, 0.0)
-    assert torch.equal(backward(dense[0], strided, target, None, *dense[1:], -100, 0.0), gradient)
+    loss, lse, *statistics = dense
+    gradient, other = (
+        backward(loss, lse, x, target, None, *statistics, *Options()) for x in (logits, strided)
+    )
+    assert torch.equal(other, gradient)
 
 
 def test_known_limit_a_raw_operator_keeps_a_dual_tangent(kernel):
@@ -522,7 +527,7 @@ def test_known_limit_a_raw_operator_keeps_a_dual_tangent(kernel):
     logits, target = kernel.placed(small())
     with fwAD.dual_level():
         dual = fwAD.make_dual(logits, random_like(logits))
-        loss, _, _ = LAUNCHERS[kernel.name].forward(dual, target, *PLAIN)
+        loss, *_ = LAUNCHERS[kernel.name].forward(dual, target, *PLAIN)
         assert fwAD.unpack_dual(loss).tangent is None
 
 

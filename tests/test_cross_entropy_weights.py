@@ -23,7 +23,7 @@ from oracle import (
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import fastgpt
-from fastgpt.ops.cross_entropy import LAUNCHERS
+from fastgpt.ops.cross_entropy import LAUNCHERS, Options
 
 NAN, INF = math.nan, math.inf
 REDUCTIONS = ["none", "mean", "sum"]
@@ -562,15 +562,16 @@ def test_opcheck_finds_fault_with_a_raw_operator(best_kernel, dtype):
     weight = random_weight(7, torch.promote_types(dtype, torch.float32))
     logits, target, weight = best_kernel.placed((*random_logits(5, 7, dtype=dtype), weight))
     target[1] = -100
-    arguments = (logits.requires_grad_(), target, weight, -100, 0.1)
-    loss, row_max, rest = (x.detach() for x in forward(*arguments))
+    smoothed = Options(hard=0.9, spread=0.1 / 7)
+    arguments = (logits.requires_grad_(), target, weight, *smoothed)
+    loss, lse, row_max, rest = (x.detach() for x in forward(*arguments))
     utilities = (
         "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic",
     )  # fmt: skip
     torch.library.opcheck(forward, arguments, test_utils=utilities)
     torch.library.opcheck(
         backward,
-        (random_like(loss).requires_grad_(), *arguments[:3], row_max, rest, -100, 0.1),
+        (random_like(loss).requires_grad_(), lse, *arguments[:3], row_max, rest, *smoothed),
         test_utils=utilities,
     )
 
@@ -580,10 +581,11 @@ def test_a_raw_operators_own_gradient_is_wrong(best_kernel, options):
     logits, target = best_kernel.placed(small())
     weight = best_kernel.placed(options.get("weight"))
     smoothing = options.get("label_smoothing", 0.0)
-    call = (target, weight, -100, smoothing)
+    shares = Options(hard=1 - smoothing, spread=smoothing / logits.shape[1])
+    call = (target, weight, *shares)
 
     def gradient(g, x):
-        return backward(g, x, target, weight, *forward(x, *call)[1:], -100, smoothing)
+        return backward(g, None, x, target, weight, *forward(x, *call)[2:], *shares)
 
     inputs = random_like(logits[:, 0]).requires_grad_(), logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: forward(x, *call)[0], inputs[1])
@@ -594,12 +596,12 @@ def test_a_raw_operator_accepts_weights_that_its_kernel_cannot_read(best_kernel)
     forward, backward = LAUNCHERS[best_kernel.name]
     logits, target = best_kernel.placed(random_logits(4, 5))
     weight = best_kernel.placed(torch.ones(5))
-    statistics = forward(logits, target, None, -100, 0.0)
+    loss, _, *statistics = forward(logits, target, None, *Options())
     for wrong in (weight[:4], weight.double(), weight.bfloat16(), weight[None]):
         with pytest.raises(RuntimeError, match="weight"):
-            forward(logits, target, wrong, -100, 0.0)
+            forward(logits, target, wrong, *Options())
         with pytest.raises(RuntimeError, match="weight"):
-            backward(statistics[0], logits, target, wrong, *statistics[1:], -100, 0.0)
+            backward(loss, None, logits, target, wrong, *statistics, *Options())
 
 
 # ---- torch.compile ----

@@ -157,9 +157,9 @@ def test_explain_accepts_what_the_call_would_refuse():
 @pytest.mark.parametrize(
     ("logits", "target", "rule"),
     [
-        (LOGITS.t(), torch.zeros(3, dtype=torch.int64), "strides"),
+        (torch.zeros(2, 3, 4, 8)[..., ::2].mT, torch.zeros(2, 4, 4).long(), "strides"),
         (torch.zeros(2, 0), torch.full((2,), -100), "no classes"),
-        (LOGITS, LOGITS.softmax(1), "probability targets"),
+        (LOGITS, LOGITS.softmax(1).double(), "probabilities of type torch.float64"),
         (LOGITS.to(torch.float8_e4m3fn), TARGET, "logits of type torch.float8_e4m3fn"),
     ],
 )
@@ -178,7 +178,7 @@ def test_explain_runs_the_kernel():
 def test_the_interpreter_runs_unasked_or_explain_does_not_say_so():
     tokens = torch.zeros(1, 2, 3, 4)
     for function, call, probabilities in (
-        (fastgpt.cross_entropy, (LOGITS, TARGET), (LOGITS, LOGITS.softmax(1))),
+        (fastgpt.cross_entropy, (LOGITS, TARGET), (LOGITS, LOGITS.softmax(1).double())),
         (fastgpt.scaled_dot_product_attention, (tokens,) * 3, (tokens, tokens, tokens[..., :0])),
     ):
         explanation = fastgpt.explain(function, *probabilities)
