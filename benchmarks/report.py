@@ -151,7 +151,12 @@ def draw(comparisons: list[Comparison], where: dict[str, Any], path: Path) -> No
     op, device = comparisons[0].shape.op, comparisons[0].shape.device
     names = [p.name for p in peers.PROVIDERS[op, device] if p.name != peers.FASTGPT]
     others = itertools.cycle(("#dd8452", "#8172b3", "#937860", "#da8bc3", "#64b5cd", "#ccb974"))
-    known = {peers.COMPILED: "#4c72b0", peers.NAIVE: "#b0b0b0", peers.MATH: "#b0b0b0"}
+    known = {
+        peers.IN_PLACE: "#55a868",
+        peers.COMPILED: "#4c72b0",
+        peers.NAIVE: "#b0b0b0",
+        peers.MATH: "#b0b0b0",
+    }
     known[peers.EAGER] = "#c44e52"
     palette = {name: known.get(name) or next(others) for name in names}
     step = len(names) + 1

@@ -133,8 +133,11 @@ CROSS_ENTROPY = (
     CrossEntropyShape("gpt2-bf16", 2048, 50304, torch.bfloat16, "the same in 16 bits"),
     CrossEntropyShape("demo-fp32", 4096, 8192, torch.float32, "the README's example"),
     CrossEntropyShape("char-fp32", 64, 65, torch.float32, "character level: all overhead"),
+    CrossEntropyShape("notebook-fp32", 32, 27, torch.float32, "a first model of names"),
+    CrossEntropyShape("bytes-fp32", 65536, 256, torch.float32, "byte level: short rows"),
+    CrossEntropyShape("chars-fp32", 16384, 65, torch.float32, "character level, a large batch"),
     CrossEntropyShape(
-        "view-fp32", 1024, 50304, torch.float32, "logits.transpose(1, 2), K-dim", sequence=256
+        "view-fp32", 2048, 50257, torch.float32, "logits.transpose(1, 2), K-dim", sequence=256
     ),
     CrossEntropyShape(
         "llama3-bf16", 1024, 128256, torch.bfloat16, "Llama 3's vocabulary", quick=False
