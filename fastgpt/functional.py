@@ -15,7 +15,7 @@ from fastgpt.backends.eager import cross_entropy as eager_cross_entropy
 from fastgpt.dispatch import Decision
 from fastgpt.ops import cross_entropy_direct as direct
 from fastgpt.ops.attention import Attention, AttentionCall, four_dimensional, scores_shape
-from fastgpt.ops.cross_entropy import CrossEntropy, CrossEntropyCall, Options, kernel_view
+from fastgpt.ops.cross_entropy import CrossEntropy, CrossEntropyCall, Options, kernel_view, shares
 from fastgpt.ops.raw import accumulator_dtype
 from fastgpt.ops.vocab_parallel import all_gather, combine, ranks_of
 
@@ -144,13 +144,8 @@ def _cross_entropy(call: CrossEntropyCall, backend: str) -> tuple[Tensor, Tensor
         if ignored is not None:
             target = _of_this_slice(target, ignored, sizes, ranks.rank)
             ignore_index = IGNORED_IN_SLICE
-    smoothing = max(float(call.label_smoothing), 0.0)  # below zero it is none, as torch's
     options = Options(
-        ignore_index,
-        1 - smoothing,
-        smoothing / classes if smoothing else 0.0,
-        call.softcap,
-        ranks is not None,
+        ignore_index, *shares(call.label_smoothing, classes), call.softcap, ranks is not None
     )
     loss, lse = _rows(logits, target, weight, options, call.inplace_backward, backend)
     at_target = None
@@ -329,7 +324,9 @@ def _check_extras(
             raise TypeError(f"cross_entropy: {name} must be a float, got {number!r}")
         if not 0 <= number < math.inf:
             raise ValueError(f"cross_entropy: expected a finite {name} >= 0, got {number}")
-    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+    # A torch that was built without it has no such type.
+    group = getattr(torch.distributed, "ProcessGroup", ())
+    if process_group is not None and not isinstance(process_group, group):
         raise TypeError(
             "cross_entropy: process_group must be a torch.distributed.ProcessGroup, got "
             f"{process_group!r}"

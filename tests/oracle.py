@@ -230,7 +230,7 @@ def torchs_composition(
     return (loss, lse) if return_lse else loss
 
 
-def random_class_weight(classes, dtype=torch.float64, seed=5):
+def random_weight(classes, dtype=torch.float64, seed=5):
     """(C,) between 0.5 and 1.5, and zero for every seventh class."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.5

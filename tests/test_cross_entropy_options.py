@@ -11,10 +11,10 @@ from oracle import (
     REDUCED_DTYPES,
     exact_options,
     half_ulp,
-    random_class_weight,
     random_like,
     random_logits,
     random_probabilities,
+    random_weight,
     relative_error,
     torchs_composition,
 )
@@ -60,7 +60,7 @@ def test_a_kernels_error_exceeds_that_of_torchs_composition(
     options = {"softcap": softcap, "reduction": "none", "return_lse": True}
     weight, smoothing = None, 0.0
     if shares != "class":
-        weight, smoothing = random_class_weight(classes, dtype), 0.1
+        weight, smoothing = random_weight(classes, dtype), 0.1
         options |= {"weight": weight, "label_smoothing": smoothing}
     u = half_ulp(torch.promote_types(dtype, torch.float32))
     for scale in (1, 10, 50):
@@ -87,9 +87,9 @@ def test_a_kernels_error_exceeds_that_of_torchs_composition(
 
 SHARES = {
     "class": {},
-    "weight": {"weight": random_class_weight(17)},
+    "weight": {"weight": random_weight(17)},
     "smoothing": {"label_smoothing": 0.1},
-    "both": {"weight": random_class_weight(17), "label_smoothing": 0.1},
+    "both": {"weight": random_weight(17), "label_smoothing": 0.1},
 }
 
 
@@ -338,7 +338,7 @@ def test_the_module_loses_a_keyword(one_isa):
     logits, target = random_logits(6, 5, dtype=torch.float64)
     target[2] = -100
     options = {
-        "weight": random_class_weight(5), "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0,
+        "weight": random_weight(5), "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0,
     }  # fmt: skip
     for return_lse in (False, True):
         module = fastgpt.CrossEntropyLoss(**options, return_lse=return_lse)
@@ -436,7 +436,7 @@ def test_bits_depend_on_the_number_of_threads(native_backend, reduction, kind, d
             logits = logits.contiguous()
     if kind == "probabilities":
         target = random_probabilities(logits)
-    options = {"reduction": reduction, "weight": random_class_weight(33, dtype), **KINDS[kind]}
+    options = {"reduction": reduction, "weight": random_weight(33, dtype), **KINDS[kind]}
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)

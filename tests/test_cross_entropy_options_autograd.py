@@ -4,12 +4,12 @@ torch.compile.
 
 import pytest
 import torch
-from oracle import random_class_weight, random_like, random_probabilities, torchs_composition
+from oracle import random_like, random_probabilities, random_weight, torchs_composition
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import fastgpt
 
-BOTH = {"weight": random_class_weight(5), "label_smoothing": 0.2}
+BOTH = {"weight": random_weight(5), "label_smoothing": 0.2}
 EVERYTHING = {"softcap": 3.0, "z_loss": 0.1, "return_lse": True}
 
 # Name: (shape of the logits, whether the target is probabilities, options)

@@ -12,10 +12,10 @@ from oracle import (
     exact_options,
     gradients_of,
     half_ulp,
-    random_class_weight,
     random_like,
     random_logits,
     random_probabilities,
+    random_weight,
     relative_error,
     torchs_composition,
 )
@@ -53,7 +53,7 @@ def test_a_kernels_error_exceeds_torchs(kernel, shares, classes, types):
     numbers are double: what that costs shows in float64 alone.
     """
     dtype, of_target = types
-    weight = None if shares == "plain" else random_class_weight(classes, dtype)
+    weight = None if shares == "plain" else random_weight(classes, dtype)
     smoothing = 0.1 if shares == "weight+smoothing" else 0.0
     options = {"weight": weight, "label_smoothing": smoothing, "reduction": "none"}
     accumulator = half_ulp(torch.promote_types(dtype, torch.float32))
@@ -100,7 +100,7 @@ def test_a_combination_of_shape_weight_smoothing_and_reduction_is_wrong(
     q = random_probabilities(logits, of_target)
     if backend.name == "triton" and len(shape) > 2:  # the strides that it covers
         logits, q = (x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (logits, q))
-    weight = random_class_weight(classes, dtype) if weighted else None
+    weight = random_weight(classes, dtype) if weighted else None
     options = {"label_smoothing": smoothing, "reduction": reduction}
     loss_dtype = torch.promote_types(dtype, of_target)
     upstream = upstream_of(logits if logits.dim() > 1 else logits[None], reduction, loss_dtype)
@@ -128,7 +128,7 @@ def test_softcap_z_loss_or_lse_of_probabilities_is_wrong(backend, classes, reduc
     logits, _ = random_logits(7, classes, dtype=dtype, scale=3)
     q = random_probabilities(logits)
     options = {
-        "weight": random_class_weight(classes, dtype), "label_smoothing": 0.1, "softcap": 4.0,
+        "weight": random_weight(classes, dtype), "label_smoothing": 0.1, "softcap": 4.0,
         "z_loss": 0.1, "reduction": reduction, "return_lse": True,
     }  # fmt: skip
     wide = options | {"weight": options["weight"].double()}
@@ -241,7 +241,7 @@ def test_the_kernel_reads_beyond_a_row_of_probabilities(kernel, classes, types):
 
 def test_inputs_are_mutated(backend):
     logits, _ = random_logits(9, 70)
-    q, weight = random_probabilities(logits), random_class_weight(70, torch.float32)
+    q, weight = random_probabilities(logits), random_weight(70, torch.float32)
     tensors = (logits.requires_grad_(), q.requires_grad_(), weight)
     before = [(t.detach().clone(), t._version) for t in tensors]
     backend.cross_entropy(logits, q, weight, label_smoothing=0.1, softcap=3.0).backward()
@@ -275,7 +275,7 @@ def test_a_kernel_leaves_probabilities_to_eager(best_kernel, types):
 
 def test_a_weight_that_requires_grad_has_none_or_no_reason(best_kernel):
     logits, _ = random_logits(4, 5, dtype=torch.float64)
-    q, weight = random_probabilities(logits), random_class_weight(5).requires_grad_()
+    q, weight = random_probabilities(logits), random_weight(5).requires_grad_()
     assert reasons(best_kernel, logits, q, weight) == ("eager", "a gradient of weight")
     got, want = (
         torch.autograd.grad(f(logits, q, weight), weight)[0]

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from oracle import (
     DTYPES,
     half_ulp,
-    random_class_weight,
     random_like,
     random_probabilities,
+    random_weight,
     relative_error,
     torchs_composition,
 )
@@ -111,7 +111,7 @@ def compare(function, logits, target, **options):
 
 
 def options_of(logits):
-    weight = random_class_weight(logits.shape[1], logits.dtype)
+    weight = random_weight(logits.shape[1], logits.dtype)
     return {
         "plain": {},
         "weight": {"weight": weight},

@@ -18,6 +18,7 @@ from oracle import (
     half_ulp,
     random_like,
     random_logits,
+    random_weight,
     within_half_ulp,
 )
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -28,14 +29,6 @@ from fastgpt.ops.cross_entropy import LAUNCHERS, Options
 NAN, INF = math.nan, math.inf
 REDUCTIONS = ["none", "mean", "sum"]
 SMOOTHING = [0.0, 0.1, 1.0]
-
-
-def random_weight(classes, dtype=torch.float64, seed=5):
-    """(C,) between 0.5 and 1.5, and zero for every seventh class."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.5
-    weight[3::7] = 0
-    return weight.to(dtype)
 
 
 def of_rows(upstream, target, weight, ignore_index, reduction):

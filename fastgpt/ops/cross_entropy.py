@@ -66,16 +66,27 @@ class Options(NamedTuple):
     partial: bool = False
 
 
+def shares(label_smoothing: float, classes: float) -> tuple[float, float]:
+    """`hard` and `spread` of Options. Smoothing below zero is none, as torch's."""
+    smoothing = max(float(label_smoothing), 0.0)
+    return 1 - smoothing, smoothing / classes if smoothing else 0.0
+
+
+def _at_one_distance(x: Tensor, first: int, last: int) -> bool:
+    """Whether the dimensions [first, last) can be seen as one without a copy."""
+    return all(
+        x.shape[i] == 1 or x.stride(i) == x.stride(i + 1) * x.shape[i + 1]
+        for i in range(first, last - 1)
+    )
+
+
 def positions(logits: Tensor) -> Tensor | None:
     """Logits (N, C, ...) as (N, C) or (N, C, L) without a copy, or None where their strides, those
     of the positions to one another, forbid it.
     """
     if logits.dim() <= 3:
         return logits
-    for i in range(2, logits.dim() - 1):
-        if logits.shape[i] != 1 and logits.stride(i) != logits.stride(i + 1) * logits.shape[i + 1]:
-            return None
-    return logits.flatten(2)
+    return logits.flatten(2) if _at_one_distance(logits, 2, logits.dim()) else None
 
 
 def by_columns(logits: Tensor) -> bool:
@@ -107,10 +118,7 @@ def class_rows(logits: Tensor) -> Tensor | None:
     x = logits.movedim(1, -1)
     if x.shape[-1] != 1 and x.stride(-1) != 1:
         return None
-    for i in range(x.dim() - 2):
-        if x.shape[i] != 1 and x.stride(i) != x.stride(i + 1) * x.shape[i + 1]:
-            return None
-    return x.flatten(0, -2)
+    return x.flatten(0, -2) if _at_one_distance(x, 0, x.dim() - 1) else None
 
 
 # ---- the closed forms in torch operations ----

@@ -24,6 +24,7 @@ from fastgpt.ops.cross_entropy import (
     _refuse_weight_gradient,
     kernel_view,
     launch,
+    shares,
 )
 from fastgpt.ops.raw import accumulator_dtype
 
@@ -141,10 +142,7 @@ def cross_entropy(call: CrossEntropyCall) -> Tensor:
     weight = call.weight
     if weight is not None:
         weight = weight.to(accumulator_dtype(logits.dtype))
-    smoothing = call.label_smoothing
-    hard, spread = 1.0, 0.0
-    if smoothing > 0:
-        hard, spread = 1 - float(smoothing), float(smoothing) / logits.shape[1]
+    hard, spread = shares(call.label_smoothing, logits.shape[1])
     return _reduced(
         logits, target, weight, call.ignore_index, hard, spread, REDUCTIONS[call.reduction]
     )
