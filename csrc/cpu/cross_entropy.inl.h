@@ -106,6 +106,27 @@ struct ProbabilityShare {
   }
 };
 
+// Calls f with where the probabilities of row (n, l) begin, of the type that they are stored in.
+template <class T, class F>
+static void with_probabilities(const CrossEntropy& a, int64_t n, int64_t l, const F& f) {
+  const int64_t place = n * a.probability_at.outer + l * a.probability_at.inner;
+  if (a.probabilities_wide) {
+    f(static_cast<const acc_t<T>*>(a.probabilities) + place);
+  } else {
+    f(static_cast<const T*>(a.probabilities) + place);
+  }
+}
+
+// Of a pointer to probabilities.
+template <class Pointer>
+struct stored;
+template <class T>
+struct stored<const T*> {
+  using type = T;
+};
+template <class Pointer>
+using stored_t = typename stored<Pointer>::type;
+
 // The sums over a row of c_j (y_j - reference) and c_j.
 template <class A>
 struct Moments {
@@ -354,16 +375,10 @@ static void forward_row(const CrossEntropyForward& a, int64_t n, int64_t l) {
     result = row_loss(a, x, 1, sums, moments, here, at_target, hard, spread);
   };
   if (!a.target) {
-    const int64_t place = n * a.probability_at.outer + l * a.probability_at.inner;
-    if (a.probabilities_wide) {
-      const A* q = static_cast<const A*>(a.probabilities) + place;
-      const ProbabilityShare<A, A> share{q, weight, A(a.hard), A(a.spread)};
+    with_probabilities<T>(a, n, l, [&](const auto* q) {
+      const ProbabilityShare<A, stored_t<decltype(q)>> share{q, weight, A(a.hard), A(a.spread)};
       sum_row(a, x, -1, true, share, A(0), sums, moments);
-    } else {
-      const T* q = static_cast<const T*>(a.probabilities) + place;
-      const ProbabilityShare<A, T> share{q, weight, A(a.hard), A(a.spread)};
-      sum_row(a, x, -1, true, share, A(0), sums, moments);
-    }
+    });
     finish(false, A(0), 0, 1);
   } else if (target != a.ignore_index) {
     const bool here = target >= 0 && target < a.classes;
@@ -528,16 +543,10 @@ static void backward_row(const CrossEntropyBackward& a, int64_t n, int64_t l) {
     gradient_row<false, false>(x, out, a.classes, m, scale, A(s.g * amount), share, softcap);
   };
   if (!a.target) {
-    const int64_t place = n * a.probability_at.outer + l * a.probability_at.inner;
-    if (a.probabilities_wide) {
-      const A* q = static_cast<const A*>(a.probabilities) + place;
-      const ProbabilityShare<A, A> share{q, weight, A(a.hard), A(a.spread)};
+    with_probabilities<T>(a, n, l, [&](const auto* q) {
+      const ProbabilityShare<A, stored_t<decltype(q)>> share{q, weight, A(a.hard), A(a.spread)};
       run(mass_of<A>(share, a.classes), 1, s.rest, share);
-    } else {
-      const T* q = static_cast<const T*>(a.probabilities) + place;
-      const ProbabilityShare<A, T> share{q, weight, A(a.hard), A(a.spread)};
-      run(mass_of<A>(share, a.classes), 1, s.rest, share);
-    }
+    });
     return;
   }
   const TargetSlope<A> slope = target_slope<T>(a, x, 1, target, m, s);

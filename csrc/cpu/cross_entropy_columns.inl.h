@@ -223,15 +223,11 @@ static void forward_columns(const CrossEntropyForward& a, int64_t n, int64_t l, 
   const A* weight = static_cast<const A*>(a.weight);
   const A hard = A(a.hard), spread = A(a.spread);
   if (!a.target) {
-    const int64_t place = n * a.probability_at.outer + l;
-    const int64_t column = a.probability_at.column;
-    if (a.probabilities_wide) {
-      const Columns<A, K> q{static_cast<const A*>(a.probabilities) + place, column, count};
-      forward_lanes(a, lanes, x, true, ProbabilityColumns<A, A, K>{q, weight, hard, spread}, 0, 1);
-    } else {
-      const Columns<T, K> q{static_cast<const T*>(a.probabilities) + place, column, count};
-      forward_lanes(a, lanes, x, true, ProbabilityColumns<A, T, K>{q, weight, hard, spread}, 0, 1);
-    }
+    with_probabilities<T>(a, n, l, [&](const auto* first) {
+      using Q = stored_t<decltype(first)>;
+      const Columns<Q, K> q{first, a.probability_at.column, count};
+      forward_lanes(a, lanes, x, true, ProbabilityColumns<A, Q, K>{q, weight, hard, spread}, 0, 1);
+    });
   } else {
     forward_lanes(a, lanes, x, a.spread != 0, ClassColumns<A, K>{weight}, a.hard, a.spread);
   }
@@ -328,7 +324,10 @@ static void backward_columns(const CrossEntropyBackward& a, int64_t n, int64_t l
     }
   };
   if (!a.target) {
-    const auto with = [&](const auto& share) {
+    with_probabilities<T>(a, n, l, [&](const auto* first) {
+      using Q = stored_t<decltype(first)>;
+      const Columns<Q, K> q{first, a.probability_at.column, count};
+      const ProbabilityColumns<A, Q, K> share{q, weight, A(a.hard), A(a.spread)};
       double masses[kLanes];
       masses_of<A, K>(share, a.classes, masses);
       for (int i = 0; i < count; ++i) {
@@ -337,16 +336,7 @@ static void backward_columns(const CrossEntropyBackward& a, int64_t n, int64_t l
         amount[i] = A(s.g);
       }
       run(share);
-    };
-    const int64_t place = n * a.probability_at.outer + l;
-    const int64_t column = a.probability_at.column;
-    if (a.probabilities_wide) {
-      const Columns<A, K> q{static_cast<const A*>(a.probabilities) + place, column, count};
-      with(ProbabilityColumns<A, A, K>{q, weight, A(a.hard), A(a.spread)});
-    } else {
-      const Columns<T, K> q{static_cast<const T*>(a.probabilities) + place, column, count};
-      with(ProbabilityColumns<A, T, K>{q, weight, A(a.hard), A(a.spread)});
-    }
+    });
     return;
   }
   for (int i = 0; i < count; ++i) {

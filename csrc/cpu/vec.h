@@ -706,11 +706,16 @@ static inline Exponential<A> exponential(Vec<A> x) {
 
 // 2^r on |r| <= 1/2, or on [0, 1): polynomials of degree 6 of least largest relative error with the
 // last coefficient 1, 3e-9 and 2e-9.
+static constexpr float kExp2[] = {0.000153264729f,
+                                  0.00133908063f,
+                                  0.00961850584f,
+                                  0.0555035993f,
+                                  0.240226477f,
+                                  0.693147182f,
+                                  1.0f};
 static inline Vec<float> exp2_reduced(Vec<float> r) {
-  const float coefficients[] = {0.00133908063f, 0.00961850584f, 0.0555035993f,
-                                0.240226477f,   0.693147182f,   1.0f};
-  Vec<float> s = Vec<float>::all(0.000153264729f);
-  for (float c : coefficients) s = fma(s, r, Vec<float>::all(c));
+  Vec<float> s = Vec<float>::all(kExp2[0]);
+  for (int i = 1; i < 7; ++i) s = fma(s, r, Vec<float>::all(kExp2[i]));
   return s;
 }
 
@@ -772,16 +777,13 @@ struct ExpOf<fp16> : ExpOfHalf {};
 template <int kCount>
 static inline void exp2(Vec<float> (&x)[kCount]) {
   using V = Vec<float>;
-  // As above: degree 6, of least largest relative error, 3e-9, with the last coefficient 1.
-  const float coefficients[] = {0.00133908063f, 0.00961850584f, 0.0555035993f,
-                                0.240226477f,   0.693147182f,   1.0f};
   V n[kCount], s[kCount];
   for (V& v : x) v = max(V::all(-151.0f), v);
   for (int i = 0; i < kCount; ++i) n[i] = round(x[i]);
   for (int i = 0; i < kCount; ++i) x[i] = x[i] - n[i];  // exact
-  for (V& v : s) v = V::all(0.000153264729f);
-  for (float c : coefficients) {
-    for (int i = 0; i < kCount; ++i) s[i] = fma(s[i], x[i], V::all(c));
+  for (V& v : s) v = V::all(kExp2[0]);
+  for (int c = 1; c < 7; ++c) {
+    for (int i = 0; i < kCount; ++i) s[i] = fma(s[i], x[i], V::all(kExp2[c]));
   }
   for (int i = 0; i < kCount; ++i) x[i] = scale_by_power(s[i], n[i]);
 }
