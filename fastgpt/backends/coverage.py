@@ -61,8 +61,6 @@ def _apart(logits: torch.Tensor) -> bool:
 
 def attention(call: AttentionCall, max_head_dim: int) -> str:
     """Why no kernel can do this call; empty where one for heads up to `max_head_dim` can."""
-    if call.dropout_p > 0:
-        return "dropout"
     for name, x in (("query", call.query), ("key", call.key), ("value", call.value)):
         reason = _tensor(name, x)
         if reason:
@@ -74,11 +72,12 @@ def attention(call: AttentionCall, max_head_dim: int) -> str:
     if call.enable_gqa and call.key.shape[-3] != call.value.shape[-3]:
         return "key and value heads that differ"
     mask = call.attn_mask
-    if mask is not None:
-        if mask.requires_grad and torch.is_grad_enabled():
-            return "a gradient of attn_mask"
-        if is_traceable_wrapper_subclass(mask):
-            return f"a tensor subclass, {type(mask).__name__}"
+    for x in (mask, call.alibi_slopes, call.sinks, *(call.cu_seqlens or ())):
+        if x is not None and is_traceable_wrapper_subclass(x):
+            return f"a tensor subclass, {type(x).__name__}"
+    slopes = call.alibi_slopes
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        return "a gradient of alibi_slopes"
     return _transforms()
 
 

@@ -1,30 +1,31 @@
-"""Scaled dot-product attention: the raw operators and their derivatives.
+"""Scaled dot-product attention: the call, the raw operators and the Functions.
 
-For queries q_i, keys k_j and values v_j of one head, with x the scores, p their softmax and g the
-upstream gradient of the output o:
-
-    x = scale q k^T + mask          p = softmax(x)            o = p v
-    dp = g v^T                      ds = p * (dp - <p, dp>)   <p, dp> is <g, o>, row by row
-    dq = scale ds k                 dk = scale ds^T q         dv = p^T g
-
-These run in kernels that hold tiles of x, p and ds only. The jvp and the second-order forms, below,
-are torch operations on the inputs, so that they can be differentiated again, to any order; they
-take the queries in chunks, so that their memory is linear in the sequence, too, unless autograd
-records them for a third order. A query that may look at nothing has output and gradient 0.
+What they compute, and their derivatives in torch operations: attention_forms.py. The raw operators
+run in kernels that hold tiles of the scores only. A query that may look at nothing has output and
+gradient 0, and an lse of -inf.
 
 `Attention` and `AttentionBackward` are two Functions because the first one's backward is
 differentiable only if it is made of differentiable pieces, and a kernel is not one.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.ops.raw import Launcher, accumulator_dtype, fold
+from fastgpt.ops.attention_forms import (
+    Inputs,
+    Options,
+    Tangents,
+    backward_tangents,
+    forward_tangents,
+    second_order,
+    sum_to,
+)
+from fastgpt.ops.dropout import seeds_of
+from fastgpt.ops.raw import Launcher, accumulator_dtype, fold, transformed
 
 # ---- the call ----
 
@@ -40,54 +41,100 @@ class AttentionCall(NamedTuple):
     is_causal: bool
     scale: float | None
     enable_gqa: bool
+    bottom_right: bool
+    window: tuple[int, int]  # UNLIMITED for a side without an end; is_causal is in it
+    softcap: float  # 0: none
+    alibi_slopes: Tensor | None  # (Hq,) or (B, Hq)
+    sinks: Tensor | None  # (Hq,)
+    return_lse: bool
+    cu_seqlens: tuple[Tensor, Tensor] | None  # (documents + 1,), of queries and of keys
+    scores_shape: torch.Size  # (..., Hq, L, S)
 
 
 class FourDimensional(NamedTuple):
     """A call in the form of the raw operators, and the shape to give to the output."""
 
-    query: Tensor  # (B, Hq, L, D)
-    key: Tensor  # (B, H, S, D), Hq a multiple of H
-    value: Tensor  # (B, H, S, Dv)
-    attn_mask: Tensor | None  # (B or 1, Hq or 1, L or 1, S or 1)
-    scale: float
+    inputs: Inputs
+    options: Options
     output_shape: torch.Size
 
 
 def scores_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> torch.Size:
     """(..., Hq, L, S). Raises RuntimeError if the batch dimensions do not broadcast."""
     last = -3 if enable_gqa else -2
-    batch = torch.broadcast_shapes(*(x.shape[:last] for x in (query, key, value)))
+    batch, *others = (x.shape[:last] for x in (query, key, value))
+    if any(x != batch for x in others):
+        batch = torch.broadcast_shapes(batch, *others)
     return torch.Size((*batch, *query.shape[last:-1], key.shape[-2]))
 
 
-def four_dimensional(call: AttentionCall) -> FourDimensional:
-    """Batch dimensions broadcast and folded into one, by views wherever strides allow."""
+def four_dimensional(call: AttentionCall, seed: Tensor | None) -> FourDimensional:
+    """Batch dimensions broadcast and folded into one, by views wherever strides allow. `seed`: of
+    the dropout, if there is any.
+    """
     q, k, v, mask = call[:4]
-    scores = scores_shape(q, k, v, call.enable_gqa)
+    scores = call.scores_shape
     batch = scores[:-2]
+    work = accumulator_dtype(q.dtype)
 
     def fold_batch(x: Tensor, heads: int | None) -> Tensor:
+        if x.dim() == 4 and x.shape[:2] == (*batch[:-1], heads):
+            return x
         x = x.expand(*batch[:-1], heads, *x.shape[-2:]) if heads else x
         return x.reshape(-1, *x.shape[-3:]) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
 
     heads = [x.shape[-3] if call.enable_gqa else (batch[-1] if batch else None) for x in (q, k, v)]
     if mask is not None:
         if mask.is_floating_point() and mask.dtype != q.dtype:
-            mask = _convert(mask, accumulator_dtype(q.dtype))
+            mask = _convert(mask, work)
         mask = mask[(None,) * (max(len(scores), 4) - mask.dim())]
         if mask.dim() > 4:
             one = all(size == 1 for size in mask.shape[:-3])
             mask = mask if one else mask.expand(*batch[:-1], *mask.shape[-3:])
             mask = mask.reshape(-1, *mask.shape[-3:])
     q, k, v = (fold_batch(x, n) for x, n in zip((q, k, v), heads, strict=True))
+    L, S = q.shape[2], k.shape[2]
+    slopes, sinks = (
+        None if x is None else x.to(work).reshape(-1, x.shape[-1])
+        for x in (call.alibi_slopes, call.sinks)
+    )
+    spans = None
+    if call.cu_seqlens is not None:
+        spans = document_spans(*call.cu_seqlens, L, S, call.window, call.bottom_right)
+    seeds = None if seed is None else seeds_of(seed, q.shape[0])
     return FourDimensional(
-        q,
-        k,
-        v,
-        mask,
-        1 / math.sqrt(q.shape[-1]) if call.scale is None else float(call.scale),
+        Inputs(q, k, v, mask, slopes, sinks, spans, seeds),
+        Options(
+            *call.window,
+            S - L if call.bottom_right else 0,
+            1 / math.sqrt(q.shape[-1]) if call.scale is None else float(call.scale),
+            call.softcap,
+            call.dropout_p,
+        ),
         torch.Size((*scores[:-1], v.shape[-1])),
     )
+
+
+def document_spans(
+    cu_q: Tensor, cu_k: Tensor, L: int, S: int, window: tuple[int, int], bottom_right: bool
+) -> Tensor:
+    """`Inputs.spans` of packed documents: the window within a query's own document.
+
+    Queries and keys behind the last document see, and are seen by, nothing. Wherever the boundaries
+    are, no span leaves the keys that there are.
+    """
+    i = torch.arange(L, device=cu_q.device)
+    cu_q, cu_k = cu_q.to(torch.int64), cu_k.to(torch.int64).clamp(0, S)
+    outside = i >= cu_q[-1]
+    document = torch.bucketize(i, cu_q[1:].contiguous(), right=True).clamp(max=cu_q.shape[0] - 2)
+    first, last = cu_k[document], cu_k[document + 1]
+    place = i - cu_q[document] + first
+    if bottom_right:
+        place = place + (last - first) - (cu_q[document + 1] - cu_q[document])
+    begin = (place - window[0]).clamp(first, last)
+    end = torch.maximum((place + window[1] + 1).clamp(first, last), begin)
+    begin, end = begin.masked_fill(outside, S), end.masked_fill(outside, S)
+    return torch.stack([begin, end, place])
 
 
 def _convert(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,212 +144,6 @@ def _convert(mask: Tensor, dtype: torch.dtype) -> Tensor:
     for dim, stride in enumerate(mask.stride()):
         mask = mask.narrow(dim, 0, 1) if stride == 0 and mask.shape[dim] > 1 else mask
     return mask.to(dtype)
-
-
-# ---- the closed forms in torch operations ----
-
-# Elements of the scores that are in memory at once, or one query's if that is more.
-_CHUNK = 1 << 18
-
-
-class _Problem:
-    """One call in the accumulator type, its queries grouped by the key head that serves them."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-    ):
-        self.dtype = query.dtype
-        self.work = accumulator_dtype(query.dtype)
-        self.B, self.Hq, self.L, _ = query.shape
-        self.H, self.S = key.shape[1:3]
-        self.is_causal, self.scale = is_causal, scale
-        self.q, self.k, self.v = self.grouped(query), key.to(self.work), value.to(self.work)
-        self.mask = mask
-
-    def grouped(self, x: Tensor) -> Tensor:
-        """(B, Hq, L, columns) as (B, H, Hq / H, L, columns)."""
-        return x.to(self.work).reshape(self.B, self.H, self.Hq // self.H, self.L, x.shape[-1])
-
-    def ungrouped(self, chunks: list[Tensor]) -> Tensor:
-        """The inverse, of chunks of queries (B, H, Hq / H, l, columns), in the caller's type."""
-        x = torch.cat(chunks, 3).to(self.dtype)
-        return x.reshape(self.B, self.Hq, self.L, x.shape[-1])
-
-    def chunks(self) -> Iterator[slice]:
-        """Ranges of the queries."""
-        step = max(1, _CHUNK // (self.B * self.Hq * self.S))
-        return (slice(start, min(start + step, self.L)) for start in range(0, self.L, step))
-
-    def mask_rows(self, mask: Tensor, rows: slice) -> Tensor:
-        """Those rows of a mask, broadcastable to (B, H, Hq / H, l, S)."""
-        if mask.shape[2] != 1:
-            mask = mask.narrow(2, rows.start, rows.stop - rows.start)
-        if mask.shape[1] == 1:
-            return mask.unsqueeze(2)
-        return mask.reshape(mask.shape[0], self.H, self.Hq // self.H, *mask.shape[2:])
-
-    def weights(self, rows: slice) -> Tensor:
-        """p (B, H, Hq / H, l, S), zeros for a query that may look at nothing."""
-        x = _outer(_take(self.q, rows), self.k) * self.scale
-        if self.mask is not None:
-            mask = self.mask_rows(self.mask, rows)
-            if mask.dtype == torch.bool:
-                x = x.masked_fill(~mask, -math.inf)
-            else:
-                x = (x + mask.to(x.dtype)).masked_fill(mask == -math.inf, -math.inf)
-        if self.is_causal:
-            i = torch.arange(rows.start, rows.stop, device=x.device).unsqueeze(1)
-            x = x.masked_fill(torch.arange(self.S, device=x.device) > i, -math.inf)
-        if self.mask is None:
-            return torch.softmax(x, -1)
-        empty = (x == -math.inf).all(-1, keepdim=True)
-        return torch.softmax(x.masked_fill(empty, 0), -1).masked_fill(empty, 0)
-
-    def score_tangent(
-        self, rows: slice, dq: Tensor | None, dk: Tensor | None, dmask: Tensor | None = None
-    ) -> Tensor | float:
-        """How the scores x move with the queries, the keys and the mask; 0 if with none."""
-        x: Tensor | float = 0.0
-        if dq is not None:
-            x = x + _outer(_take(dq, rows), self.k) * self.scale
-        if dk is not None:
-            x = x + _outer(_take(self.q, rows), dk) * self.scale
-        if dmask is not None:
-            x = x + self.mask_rows(dmask, rows).to(self.work)
-        return x
-
-
-# narrow, not [:]; and reshape, not flatten and unflatten: those have rules in torch's older vmap.
-
-
-def _take(x: Tensor, rows: slice) -> Tensor:
-    """Some queries of (B, H, G, L, columns)."""
-    return x.narrow(3, rows.start, rows.stop - rows.start)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, H, G, l, columns) as (B, H, G l, columns)."""
-    B, H, G, n, columns = x.shape
-    return x.reshape(B, H, G * n, columns)
-
-
-def _outer(x: Tensor, y: Tensor) -> Tensor:
-    """x (B, H, G, l, D) times the transpose of y (B, H, S, D): (B, H, G, l, S)."""
-    return (_rows(x) @ y.transpose(2, 3)).reshape(*x.shape[:4], y.shape[2])
-
-
-def _along_keys(x: Tensor, y: Tensor) -> Tensor:
-    """x (B, H, G, l, S) times y (B, H, S, D): (B, H, G, l, D)."""
-    return (_rows(x) @ y).reshape(*x.shape[:4], y.shape[3])
-
-
-def _along_queries(x: Tensor, y: Tensor) -> Tensor:
-    """The transpose of x (B, H, G, l, S) times y (B, H, G, l, D): (B, H, S, D), over the group."""
-    return _rows(x).transpose(2, 3) @ _rows(y)
-
-
-def _through_softmax(p: Tensor, dx: Tensor | float) -> Tensor:
-    """p * (dx - <p, dx>): the softmax's derivative along dx, and its adjoint, too."""
-    return p * (dx - (p * dx).sum(-1, keepdim=True))
-
-
-def _optional(x: Tensor | None, function: Any) -> Tensor | None:
-    return None if x is None else function(x)
-
-
-def _jvp(tangents: tuple[Tensor | None, ...], inputs: tuple[Any, ...]) -> Tensor:
-    """The output's tangent for those of query, key, value and mask."""
-    problem = _Problem(*inputs)
-    dq = _optional(tangents[0], problem.grouped)
-    dk, dv = (_optional(x, lambda x: x.to(problem.work)) for x in tangents[1:3])
-    output = []
-    for rows in problem.chunks():
-        p = problem.weights(rows)
-        dx = problem.score_tangent(rows, dq, dk, tangents[3])
-        tangent = _along_keys(_through_softmax(p, dx), problem.v)
-        if dv is not None:
-            tangent = tangent + _along_keys(p, dv)
-        output.append(tangent)
-    return problem.ungrouped(output)
-
-
-def _backward_jvp(
-    tangents: tuple[Tensor | None, ...], grad_output: Tensor, inputs: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The tangents of dq, dk and dv for those of g, query, key, value and mask."""
-    problem = _Problem(*inputs)
-    scale = problem.scale
-    g = problem.grouped(grad_output)
-    dg, dq = (_optional(x, problem.grouped) for x in tangents[:2])
-    dk, dv = (_optional(x, lambda x: x.to(problem.work)) for x in tangents[2:4])
-    query, key, value = [], torch.zeros_like(problem.k), torch.zeros_like(problem.v)
-    for rows in problem.chunks():
-        q_rows, g_rows = _take(problem.q, rows), _take(g, rows)
-        p = problem.weights(rows)
-        dp = _outer(g_rows, problem.v)
-        ds = _through_softmax(p, dp)
-        p_tangent = _through_softmax(p, problem.score_tangent(rows, dq, dk, tangents[4]))
-        dp_tangent: Tensor | float = 0.0
-        if dg is not None:
-            dp_tangent = dp_tangent + _outer(_take(dg, rows), problem.v)
-        if dv is not None:
-            dp_tangent = dp_tangent + _outer(g_rows, dv)
-        centred = dp - (p * dp).sum(-1, keepdim=True)
-        shift = (p_tangent * dp + p * dp_tangent).sum(-1, keepdim=True)
-        ds_tangent = p_tangent * centred + p * (dp_tangent - shift)
-        row = _along_keys(ds_tangent, problem.k)
-        key = key + scale * _along_queries(ds_tangent, q_rows)
-        value = value + _along_queries(p_tangent, g_rows)
-        if dk is not None:
-            row = row + _along_keys(ds, dk)
-        if dq is not None:
-            key = key + scale * _along_queries(ds, _take(dq, rows))
-        if dg is not None:
-            value = value + _along_queries(p, _take(dg, rows))
-        query.append(scale * row)
-    return problem.ungrouped(query), key.to(problem.dtype), value.to(problem.dtype)
-
-
-def _second_order(
-    cotangents: tuple[Tensor, Tensor, Tensor], grad_output: Tensor, inputs: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The adjoints of g, query, key and value for the cotangents of dq, dk and dv.
-
-    <a, dq> + <b, dk> + <c, dv> = <ds, t> + <p, u> with t = scale (a k^T + q b^T) and u = g c^T. Of
-    this sum, w = p * (t - <p, t>) is the adjoint of dp, and that of the scores is p * (e - <p, e>)
-    with e = (t - <p, t>) * (dp - <p, dp>) + u.
-    """
-    problem = _Problem(*inputs)
-    scale = problem.scale
-    g, a = problem.grouped(grad_output), problem.grouped(cotangents[0])
-    b, c = (x.to(problem.work) for x in cotangents[1:])
-    grad, query = [], []
-    key, value = torch.zeros_like(problem.k), torch.zeros_like(problem.v)
-    for rows in problem.chunks():
-        q_rows, g_rows = _take(problem.q, rows), _take(g, rows)
-        p = problem.weights(rows)
-        dp = _outer(g_rows, problem.v)
-        t = problem.score_tangent(rows, a, b)
-        t_centred = t - (p * t).sum(-1, keepdim=True)
-        dp_centred = dp - (p * dp).sum(-1, keepdim=True)
-        ds, w = p * dp_centred, p * t_centred
-        dx = _through_softmax(p, t_centred * dp_centred + _outer(g_rows, c))
-        grad.append(_along_keys(w, problem.v) + _along_keys(p, c))
-        query.append(scale * (_along_keys(ds, b) + _along_keys(dx, problem.k)))
-        key = key + scale * (_along_queries(ds, _take(a, rows)) + _along_queries(dx, q_rows))
-        value = value + _along_queries(w, g_rows)
-    return (
-        problem.ungrouped(grad),
-        problem.ungrouped(query),
-        key.to(problem.dtype),
-        value.to(problem.dtype),
-    )
 
 
 # ---- the raw operators ----
@@ -321,93 +162,142 @@ def _laid_out(x: Tensor) -> Tensor:
 
 def new_outputs(
     query: Tensor, key: Tensor, value: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward's results, not yet written: output, rounding, row_max and row_sum."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward's results, not yet written: output, lse, rounding, row_max and row_sum."""
     dtype = accumulator_dtype(query.dtype)
     columns = value.shape[3]
     output = _new_heads(query, columns)
     rounding = _new_heads(query, columns if dtype != query.dtype else 0)
-    row_max, row_sum = (query.new_empty(query.shape[:3], dtype=dtype) for _ in range(2))
-    return output, rounding, row_max, row_sum
+    lse, row_max, row_sum = (query.new_empty(query.shape[:3], dtype=dtype) for _ in range(3))
+    return output, lse, rounding, row_max, row_sum
 
 
 def new_gradients(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward's results, not yet written."""
-    grad_query, grad_key, grad_value = (_new_heads(x, x.shape[3]) for x in (query, key, value))
-    return grad_query, grad_key, grad_value
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    of_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward's results, not yet written; see `attention_forms.Gradients`."""
+    dtype = accumulator_dtype(query.dtype)
+    gradients = [_new_heads(x, x.shape[3]) for x in (query, key, value)]
+    B = query.shape[0]
+    of_rows = (B, 0, 0) if sinks is None else query.shape[:3]
+    shape = attn_mask.shape if of_mask and attn_mask is not None else (B, 0)
+    grad_mask, grad_sinks = (query.new_empty(s, dtype=dtype) for s in (shape, of_rows))
+    return gradients[0], gradients[1], gradients[2], grad_mask, grad_sinks
 
 
-def _fold_mask(info: Any, dim: int | None, mask: Tensor | None, batch: int) -> Tensor | None:
-    """The mask of a batch of problems, each of `batch` sequences."""
-    if mask is None:
-        return None
-    rank = mask.dim() - (dim is not None)
-    assert rank == 4
-    if dim is None and mask.shape[0] == 1:
-        return mask
-    mask = mask.unsqueeze(0) if dim is None else mask.movedim(dim, 0)
-    return mask.expand(info.batch_size, batch, *mask.shape[2:]).flatten(0, 1)
+def _fold_broadcast(info: Any, dim: int | None, x: Tensor | None, batch: int) -> Tensor | None:
+    """A tensor (batch or 1, ...) of a batch of problems, each of `batch` sequences."""
+    if x is None or (dim is None and x.shape[0] == 1):
+        return x
+    x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+    return x.expand(info.batch_size, batch, *x.shape[2:]).flatten(0, 1)
+
+
+def _fold_inputs(info: Any, in_dims: tuple[int | None, ...], inputs: Inputs) -> Inputs:
+    query, key, value = fold(info, in_dims[:3], inputs[:3])
+    batch = query.shape[0] // info.batch_size
+    mask, slopes, sinks = (
+        _fold_broadcast(info, dim, x, batch)
+        for dim, x in zip(in_dims[3:6], inputs[3:6], strict=True)
+    )
+    if in_dims[6] is not None:
+        raise RuntimeError(
+            "scaled_dot_product_attention: expected the same cu_seqlens for the whole batch of a "
+            "vmap; call it once for each"
+        )
+    seeds = inputs.seeds
+    if seeds is not None:
+        seeds = fold(info, (in_dims[7],), (seeds,))[0]
+    return Inputs(query, key, value, mask, slopes, sinks, inputs.spans, seeds)
+
+
+def _unfold(info: Any, x: Tensor) -> Tensor:
+    return x.reshape(info.batch_size, x.shape[0] // info.batch_size, *x.shape[1:])
+
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes,"
+    " Tensor? sinks, Tensor? spans, Tensor? seeds"
+)
+_OPTIONS = "int left, int right, int offset, float scale, float softcap, float dropout_p"
 
 
 def define(namespace: str) -> Launcher:
-    """Define a backend's raw operators in `namespace`; its kernels are registered elsewhere."""
+    """Define a backend's raw operators in `namespace`; its kernels are registered elsewhere.
+
+    forward(*Inputs, *Options) -> what `Attention` returns
+    backward(grad_output, grad_lse, *Inputs, output, rounding, row_max, row_sum, *Options, of_mask)
+        -> attention_forms.Gradients
+    """
     forward, backward = f"{namespace}::attention_forward", f"{namespace}::attention_backward"
     torch.library.define(
         forward,
-        "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale)"
-        " -> (Tensor output, Tensor rounding, Tensor row_max, Tensor row_sum)",
+        f"({_INPUTS}, {_OPTIONS})"
+        " -> (Tensor output, Tensor lse, Tensor rounding, Tensor row_max, Tensor row_sum)",
     )
     torch.library.define(
         backward,
-        "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask,"
-        " Tensor output, Tensor rounding, Tensor row_max, Tensor row_sum, bool is_causal,"
-        " float scale)"
-        " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+        f"(Tensor grad_output, Tensor? grad_lse, {_INPUTS}, Tensor output, Tensor rounding,"
+        f" Tensor row_max, Tensor row_sum, {_OPTIONS}, bool of_mask)"
+        " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask,"
+        " Tensor grad_sinks)",
     )
     operators = getattr(torch.ops, namespace)
     launcher = Launcher(operators.attention_forward.default, operators.attention_backward.default)
     torch.library.register_fake(forward, new_outputs)
-    torch.library.register_fake(backward, new_gradients)
+
+    def backward_fake(*x):  # type: ignore[no-untyped-def]
+        inputs = Inputs(*x[2:10])
+        return new_gradients(*inputs[:4], inputs.sinks, x[20])
+
+    torch.library.register_fake(backward, backward_fake)
 
     def forward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
-        folded = fold(info, in_dims[:3], inputs[:3])
-        batch = folded[0].shape[0] // info.batch_size
-        mask = _fold_mask(info, in_dims[3], inputs[3], batch)
-        outputs = launcher.forward(*folded, mask, *inputs[4:])
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0, 0, 0)
+        folded = _fold_inputs(info, in_dims[:8], Inputs(*inputs[:8]))
+        outputs = launcher.forward(*folded, *inputs[8:])
+        return tuple(_unfold(info, x) for x in outputs), (0,) * 5
 
-    def backward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
-        tensors = (*inputs[:4], *inputs[5:9])
-        folded = fold(info, (*in_dims[:4], *in_dims[5:9]), tensors)
-        batch = folded[0].shape[0] // info.batch_size
-        mask = _fold_mask(info, in_dims[4], inputs[4], batch)
-        outputs = launcher.backward(*folded[:4], mask, *folded[4:], *inputs[9:])
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0, 0)
+    def backward_vmap(info, in_dims, *x):  # type: ignore[no-untyped-def]
+        upstream = fold(info, in_dims[:2], x[:2])
+        inputs, of_mask = Inputs(*x[2:10]), x[20]
+        folded = _fold_inputs(info, in_dims[2:10], inputs)
+        saved = fold(info, in_dims[10:14], x[10:14])
+        mask, shared = folded.attn_mask, False
+        if of_mask and mask is not None and inputs.attn_mask is not None:
+            # A gradient for each problem, and for each of its sequences.
+            shared = inputs.attn_mask.shape[in_dims[5] == 0] == 1
+            mask = mask.expand(folded.query.shape[0], *mask.shape[1:])
+        outputs = launcher.backward(*upstream, *folded._replace(attn_mask=mask), *saved, *x[14:])
+        *others, grad_mask, grad_sinks = (_unfold(info, x) for x in outputs)
+        if shared:
+            grad_mask = grad_mask.sum(1, keepdim=True)
+        return (*others, grad_mask, grad_sinks), (0,) * 5
 
     torch.library.register_vmap(forward, forward_vmap)
     torch.library.register_vmap(backward, backward_vmap)
 
     # For whoever calls the operators themselves, and for graphs that hold them.
     def forward_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        query, key, value, mask, ctx.is_causal, ctx.scale = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(query, key, value, mask, *output)
+        ctx.options = Options(*inputs[8:])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:8], output[0], *output[2:])
 
-    def forward_backward(ctx, grad_output, *_):  # type: ignore[no-untyped-def]
-        _refuse_mask_gradient(ctx.needs_input_grad[3])
-        gradients = launcher.backward(grad_output, *ctx.saved_tensors, ctx.is_causal, ctx.scale)
-        return *gradients, None, None, None
+    def forward_backward(ctx, grad_output, grad_lse, *_):  # type: ignore[no-untyped-def]
+        return _gradients(ctx, grad_output, grad_lse, launcher.backward)
 
     def backward_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        ctx.options = inputs[9:]
-        ctx.save_for_backward(*inputs[:5])
+        ctx.options, ctx.of_mask = Options(*inputs[14:20]), inputs[20]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:10])
 
     def backward_backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
-        grad_output, *tensors = ctx.saved_tensors
-        adjoints = _second_order(cotangents, grad_output, (*tensors, *ctx.options))
-        return *adjoints, *(None,) * 7
+        return *_adjoints(ctx, cotangents), *(None,) * 11
 
     torch.library.register_autograd(forward, forward_backward, setup_context=forward_setup)
     torch.library.register_autograd(backward, backward_backward, setup_context=backward_setup)
@@ -417,13 +307,50 @@ def define(namespace: str) -> Launcher:
 LAUNCHERS = {"native": define("fastgpt")}
 
 
-def _refuse_mask_gradient(wanted: bool) -> None:
+def _refuse_slope_gradient(wanted: bool) -> None:
     # The public function sends such a call to eager; torch.func hides some from it.
     if wanted:
         raise RuntimeError(
-            "scaled_dot_product_attention: the fused kernel has no gradient of attn_mask; use it "
-            'inside `with fastgpt.backend("eager"):`'
+            "scaled_dot_product_attention: the fused kernel has no gradient of alibi_slopes; use "
+            'it inside `with fastgpt.backend("eager"):`'
         )
+
+
+def _gradients(
+    ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, backward: Any, *backend: str
+) -> tuple[Any, ...]:
+    """The gradients of the forward's inputs and options, by one of the two backward ops."""
+    wanted = ctx.needs_input_grad
+    _refuse_slope_gradient(wanted[4])
+    nothing = (None,) * len(wanted)
+    if grad_output is None and grad_lse is None:
+        return nothing
+    # Once: a checkpoint recomputes at the first access, and refuses a second.
+    *tensors, output, rounding, row_max, row_sum = ctx.saved_tensors
+    inputs = Inputs(*tensors)
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    statistics = output, rounding, row_max, row_sum
+    query, key, value, mask, rows = backward(
+        grad_output, grad_lse, *inputs, *statistics, *ctx.options, wanted[3], *backend
+    )
+    mask = mask.to(inputs.attn_mask.dtype) if wanted[3] else None  # type: ignore[union-attr]
+    sinks = sum_to(rows.sum(2), inputs.sinks.shape) if wanted[5] else None  # type: ignore[union-attr]
+    return query, key, value, mask, None, sinks, *nothing[6:]
+
+
+def _adjoints(ctx: Any, cotangents: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """Those of the backward's first ten inputs: the upstream gradients and `Inputs`."""
+    wanted = ctx.needs_input_grad
+    _refuse_slope_gradient(wanted[6])
+    if all(x is None for x in cotangents):
+        return (None,) * 10
+    grad_output, grad_lse, *tensors = ctx.saved_tensors
+    inputs = Inputs(*tensors)
+    found = second_order(
+        cotangents, grad_output, grad_lse, inputs, ctx.options, ctx.of_mask, wanted[5]
+    )
+    return (*found[:6], None, found.sinks, None, None)
 
 
 # ---- the Functions ----
@@ -437,55 +364,68 @@ class AttentionBackward(Function):
     @staticmethod
     def forward(
         grad_output: Tensor,
+        grad_lse: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        spans: Tensor | None,
+        seeds: Tensor | None,
         output: Tensor,
         rounding: Tensor,
         row_max: Tensor,
         row_sum: Tensor,
-        is_causal: bool,
+        left: int,
+        right: int,
+        offset: int,
         scale: float,
+        softcap: float,
+        dropout_p: float,
+        of_mask: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        statistics = (output, rounding, row_max, row_sum)
+    ) -> tuple[Tensor, ...]:
         return LAUNCHERS[backend].backward(
-            grad_output, query, key, value, attn_mask, *statistics, is_causal, scale
-        )
+            grad_output, grad_lse, query, key, value, attn_mask, alibi_slopes, sinks, spans, seeds,
+            output, rounding, row_max, row_sum,
+            left, right, offset, scale, softcap, dropout_p, of_mask,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options = inputs[9:11]
-        ctx.save_for_backward(*inputs[:5])
-        ctx.save_for_forward(*inputs[:5])
+        ctx.options, ctx.of_mask = Options(*inputs[14:20]), inputs[20]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:10])
+        ctx.save_for_forward(*inputs[:10])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        _refuse_mask_gradient(ctx.needs_input_grad[4])
-        grad_output, *tensors = ctx.saved_tensors
-        adjoints = _second_order(cotangents, grad_output, (*tensors, *ctx.options))  # type: ignore[arg-type]
-        return *adjoints, *(None,) * 8
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        return *_adjoints(ctx, cotangents), *(None,) * 12
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        grad_output, *tensors = ctx.saved_tensors
-        found = _backward_jvp(tangents[:5], grad_output, (*tensors, *ctx.options))
-        return tuple(map(_laid_out, found))
+        _refuse_slope_gradient(tangents[6] is not None)
+        grad_output, grad_lse, *tensors = ctx.saved_tensors
+        dg, dh, query, key, value, mask, _, sinks, *_ = tangents
+        of_inputs = Tangents(query, key, value, mask, sinks)
+        found = backward_tangents(
+            grad_output, grad_lse, dg, dh, of_inputs, Inputs(*tensors), ctx.options, ctx.of_mask
+        )
+        return *map(_laid_out, found[:3]), *found[3:]
 
 
 class Attention(Function):
     """Attention of (B, H, N, D) tensors by a backend's kernels.
 
-    apply(query (B, Hq, L, D), key (B, H, S, D), value (B, H, S, Dv), attn_mask (B|1, Hq|1, L|1,
-    S|1) or None, is_causal, scale, backend) -> (output (B, Hq, L, Dv), rounding, row_max, row_sum).
+    apply(*Inputs, *Options, backend) -> (output (B, Hq, L, Dv), lse, rounding, row_max, row_sum).
 
     The last three are for the backward and have no gradient. `rounding` is what a 16-bit output
     lost when it was rounded, again in 16 bits (and has no columns for other types): <p, dp> is
-    taken as <g, o>, and where the weights are all but certain, ds is smaller than o's rounding. The
-    statistics (B, Hq, L), in the accumulator type, are each query's largest score, in units that
-    are the backend's own, and the sum over j of exp(x_ij - max x_i); both 0 for a query that may
-    look at nothing.
+    taken as <g, o>, and where the weights are all but certain, ds is smaller than o's rounding. lse
+    and the statistics are (B, Hq, L), in the accumulator type: each query's largest score, in units
+    that are the backend's own, and the sum over j of exp(x_ij - max x_i), the sink among them; both
+    0 for a query that may look at nothing.
     """
 
     generate_vmap_rule = True
@@ -496,33 +436,61 @@ class Attention(Function):
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None,
-        is_causal: bool,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        spans: Tensor | None,
+        seeds: Tensor | None,
+        left: int,
+        right: int,
+        offset: int,
         scale: float,
+        softcap: float,
+        dropout_p: float,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        return LAUNCHERS[backend].forward(query, key, value, attn_mask, is_causal, scale)
+        return LAUNCHERS[backend].forward(
+            query, key, value, attn_mask, alibi_slopes, sinks, spans, seeds,
+            left, right, offset, scale, softcap, dropout_p,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options = inputs[4:]
+        ctx.options, ctx.backend = Options(*inputs[8:14]), inputs[14]
+        ctx.set_materialize_grads(False)
         # The same tensors for both: torch's vmap rule keeps the batch dimensions of one list only.
-        ctx.save_for_backward(*inputs[:4], *output)
-        ctx.save_for_forward(*inputs[:4], *output)
+        ctx.save_for_backward(*inputs[:8], output[0], *output[2:])
+        ctx.save_for_forward(*inputs[:8], output[0], *output[2:])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        _refuse_mask_gradient(ctx.needs_input_grad[3])
-        gradients = AttentionBackward.apply(grad_output, *ctx.saved_tensors, *ctx.options)
-        return *gradients, None, None, None, None
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any
+    ) -> tuple[Any, ...]:
+        return _gradients(ctx, grad_output, grad_lse, AttentionBackward.apply, ctx.backend)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        saved = ctx.saved_tensors
-        tangent = _laid_out(_jvp(tangents[:4], (*saved[:4], *ctx.options[:2])))
+        _refuse_slope_gradient(tangents[4] is not None)
+        *tensors, _, rounding, row_max, row_sum = ctx.saved_tensors
+        query, key, value, mask, _, sinks, *_ = tangents
+        of_inputs = Tangents(query, key, value, mask, sinks)
+        output, lse = forward_tangents(of_inputs, Inputs(*tensors), ctx.options)
         # Zeros, not None: see CrossEntropy.jvp.
-        return tangent, *(torch.zeros_like(x) for x in saved[5:])
+        zeros = (torch.zeros_like(x) for x in (rounding, row_max, row_sum))
+        return _laid_out(output), lse, *zeros
 
 
 # See ops/cross_entropy.py.
 torch._dynamo.allow_in_graph(Attention)
 torch._dynamo.allow_in_graph(AttentionBackward)
+
+
+def forward_of(inputs: Inputs, backend: str) -> Any:
+    """What computes the outputs of `Attention` from its inputs and options: the raw operator, where
+    nothing can ask for a derivative. Function.apply takes longer than a step of decoding.
+    """
+    differentiable = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in inputs
+    )
+    if differentiable or transformed():
+        return lambda *arguments: Attention.apply(*arguments, backend)
+    return LAUNCHERS[backend].forward

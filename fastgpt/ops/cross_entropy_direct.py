@@ -26,7 +26,7 @@ from fastgpt.ops.cross_entropy import (
     launch,
     shares,
 )
-from fastgpt.ops.raw import accumulator_dtype
+from fastgpt.ops.raw import accumulator_dtype, transformed
 
 torch.library.define(
     "fastgpt::cross_entropy_reduced",
@@ -43,15 +43,6 @@ _backward = torch.ops.fastgpt.cross_entropy_reduced_backward.default
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
-def _transformed() -> bool:
-    """Whether a transform of torch.func, a dual level or the compiler surrounds the call."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def serves(call: CrossEntropyCall) -> bool:
     """Whether `cross_entropy` of this module does a call that the native backend covers."""
     return not (
@@ -61,7 +52,7 @@ def serves(call: CrossEntropyCall) -> bool:
         or call.return_lse
         or call.process_group is not None
         or call.target.is_floating_point()
-        or _transformed()
+        or transformed()
     )
 
 
@@ -113,7 +104,7 @@ def shortcut(logits: Tensor, target: Tensor, ignore_index: int, reduction: str) 
     On a few rows the checks would take as long as the kernel. What is let through here passes them.
     """
     if (
-        _transformed()
+        transformed()
         or type(logits) not in (Tensor, torch.nn.Parameter)
         or type(target) is not Tensor
         or logits.dtype not in (torch.float32, torch.float64)
@@ -232,7 +223,7 @@ def cross_entropy_in_place(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Loss and lse of each row, (N, ...), whose backward writes over the logits."""
-    if _transformed():
+    if transformed():
         raise RuntimeError(
             "cross_entropy: inplace_backward=True works neither inside torch.func transforms nor "
             "in forward mode"

@@ -29,3 +29,12 @@ def fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Any, ...]) -
         return x.movedim(dim, 0).flatten(0, 1)
 
     return [batched(x, dim) for x, dim in zip(tensors, in_dims, strict=True)]
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, a dual level or the compiler surrounds the call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
