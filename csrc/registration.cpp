@@ -464,7 +464,7 @@ Tensor new_heads(const Tensor& heads, int64_t columns) {
 }
 
 AttentionMask mask_of(const std::optional<Tensor>& mask, const Tensor& query, int64_t keys) {
-  if (!mask.has_value()) return {kNoMask, nullptr, 0, 0, 0, 0};
+  if (!mask.has_value()) return {kNoMask, nullptr, 0, 0, 0, 0, {}};
   STD_TORCH_CHECK(mask->dim() == 4, "expected attn_mask (B, H, L, S)");
   const int64_t sizes[] = {query.size(0), query.size(1), query.size(2), keys};
   int64_t strides[4];
@@ -479,30 +479,129 @@ AttentionMask mask_of(const std::optional<Tensor>& mask, const Tensor& query, in
                         : type == accumulator_of(dtype_of(query)) ? kAccumulatorMask
                                                                   : kNoMask;
   STD_TORCH_CHECK(kind != kNoMask, "expected attn_mask of bool, query's or the accumulator type");
-  return {kind, mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+  return {kind,
+          mask->const_data_ptr(),
+          strides[0],
+          strides[1],
+          strides[2],
+          strides[3],
+          {mask->size(0), mask->size(1), mask->size(2), mask->size(3)}};
 }
 
-Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value,
-                       const std::optional<Tensor>& mask, bool is_causal, double scale) {
-  STD_TORCH_CHECK(key.size(0) == query.size(0) && value.size(0) == query.size(0) &&
-                      key.size(1) == value.size(1) && key.size(1) > 0 &&
-                      query.size(1) % key.size(1) == 0 && key.size(2) == value.size(2) &&
-                      key.size(3) == query.size(3),
-                  "expected query (B, Hq, L, D), key (B, H, S, D) and value (B, H, S, Dv), Hq a "
-                  "multiple of H");
-  STD_TORCH_CHECK(
-      key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
-      "expected query, key and value of one type");
-  STD_TORCH_CHECK(query.numel() > 0 && key.numel() > 0 && value.numel() > 0,
-                  "expected query, key and value that are not empty");
-  return {query.size(0),   query.size(1),
-          key.size(1),     query.size(2),
-          key.size(2),     query.size(3),
-          value.size(3),   is_causal,
-          scale,           mask_of(mask, query, key.size(2)),
-          heads_of(query), heads_of(key),
-          heads_of(value)};
-}
+// A number for each head, (B or 1, Hq): the data, contiguous, and the stride of a sequence.
+struct OfHeads {
+  std::optional<Tensor> kept;
+  const void* data = nullptr;
+  int64_t batch = 0;
+
+  OfHeads(const char* name, const std::optional<Tensor>& x, const Tensor& query) {
+    if (!x.has_value()) return;
+    STD_TORCH_CHECK(x->dim() == 2 && (x->size(0) == 1 || x->size(0) == query.size(0)) &&
+                        x->size(1) == query.size(1) &&
+                        x->scalar_type() == accumulator_of(dtype_of(query)),
+                    "expected ", name, " (B or 1, Hq) in the accumulator type");
+    kept = torch::stable::contiguous(*x);
+    data = kept->const_data_ptr();
+    batch = x->size(0) == 1 ? 0 : x->size(1);
+  }
+};
+
+// The raw operators' arguments after the tensors, in order.
+struct AttentionOptions {
+  int64_t left, right, offset;
+  double scale, softcap, dropout_p;
+};
+
+// The kernels' arguments, with the memory that they point to.
+struct AttentionTensors {
+  OfHeads slopes, sinks;
+  std::optional<Tensor> seeds;
+  std::vector<int64_t> spans;
+  Attention arguments;
+
+  AttentionTensors(const Tensor& query, const Tensor& key, const Tensor& value,
+                   const std::optional<Tensor>& mask, const std::optional<Tensor>& alibi_slopes,
+                   const std::optional<Tensor>& sink_logits,
+                   const std::optional<Tensor>& given_spans,
+                   const std::optional<Tensor>& given_seeds, const AttentionOptions& options)
+      : slopes("alibi_slopes", alibi_slopes, query),
+        sinks("sinks", sink_logits, query),
+        arguments{} {
+    STD_TORCH_CHECK(key.size(0) == query.size(0) && value.size(0) == query.size(0) &&
+                        key.size(1) == value.size(1) && key.size(1) > 0 &&
+                        query.size(1) % key.size(1) == 0 && key.size(2) == value.size(2) &&
+                        key.size(3) == query.size(3),
+                    "expected query (B, Hq, L, D), key (B, H, S, D) and value (B, H, S, Dv), Hq a "
+                    "multiple of H");
+    STD_TORCH_CHECK(
+        key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
+        "expected query, key and value of one type");
+    STD_TORCH_CHECK(query.numel() > 0 && key.numel() > 0 && value.numel() > 0,
+                    "expected query, key and value that are not empty");
+    Attention& a = arguments;
+    a.batch = query.size(0);
+    a.query_heads = query.size(1);
+    a.heads = key.size(1);
+    a.queries = query.size(2);
+    a.keys = key.size(2);
+    a.head_dim = query.size(3);
+    a.value_dim = value.size(3);
+    take_spans(given_spans, options);
+    a.scale = options.scale;
+    a.softcap = options.softcap;
+    a.mask = mask_of(mask, query, a.keys);
+    a.slopes = slopes.data;
+    a.slopes_batch = slopes.batch;
+    a.sinks = sinks.data;
+    a.sinks_batch = sinks.batch;
+    a.rescale = 1;
+    if (given_seeds.has_value()) {
+      STD_TORCH_CHECK(given_seeds->dim() == 1 && given_seeds->size(0) == a.batch &&
+                          given_seeds->scalar_type() == ScalarType::Long,
+                      "expected seeds (B,) of int64");
+      STD_TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p <= 1,
+                      "expected a dropout_p between 0 and 1");
+      seeds = torch::stable::contiguous(*given_seeds);
+      a.seeds = static_cast<const int64_t*>(seeds->const_data_ptr());
+      // As fastgpt/ops/dropout.py: to the nearest, to even.
+      const double below = std::nearbyint(options.dropout_p * 4294967296.0);
+      a.drop_below = uint32_t(std::min(below, 4294967295.0));
+      a.rescale = options.dropout_p < 1 ? 1 / (1 - options.dropout_p) : 0;
+    }
+    a.query = heads_of(query);
+    a.key = heads_of(key);
+    a.value = heads_of(value);
+  }
+
+  // Where each query's keys begin and end, and its own place: given, or a window around it.
+  void take_spans(const std::optional<Tensor>& given, const AttentionOptions& options) {
+    Attention& a = arguments;
+    const int64_t L = a.queries;
+    spans.resize(size_t(3 * L));
+    int64_t *begin = spans.data(), *end = begin + L, *place = end + L;
+    if (given.has_value()) {
+      STD_TORCH_CHECK(given->dim() == 2 && given->size(0) == 3 && given->size(1) == L &&
+                          given->scalar_type() == ScalarType::Long,
+                      "expected spans (3, L) of int64");
+      const Tensor contiguous = torch::stable::contiguous(*given);
+      memcpy(begin, contiguous.const_data_ptr(), spans.size() * sizeof(int64_t));
+    }
+    int64_t first = 0, last = 0;
+    for (int64_t i = 0; i < L; ++i) {
+      if (!given.has_value()) {
+        place[i] = i + options.offset;
+        begin[i] = place[i] - options.left;
+        end[i] = place[i] + options.right + 1;
+      }
+      // Within the keys there are, and never falling.
+      begin[i] = first = std::clamp<int64_t>(begin[i], first, a.keys);
+      end[i] = last = std::clamp<int64_t>(end[i], std::max(first, last), a.keys);
+    }
+    a.begin = begin;
+    a.end = end;
+    a.place = place;
+  }
+};
 
 // One phase after another, the tasks of a phase by whichever thread is free: under a causal mask
 // they differ in length.
@@ -525,7 +624,7 @@ void run_attention(const AttentionKernel<Arguments>& kernel, const Arguments& a,
   advise_huge_pages(memory);
   const int64_t base = lines(reinterpret_cast<intptr_t>(memory.mutable_data_ptr()));
   const auto at = [&](int64_t offset) { return reinterpret_cast<void*>(base + offset); };
-  for (int phase = 0; phase < 3; ++phase) {
+  for (int phase = 0; phase < kPhases; ++phase) {
     std::atomic<int64_t> next_task{0}, next_scratch{0};
     torch::stable::parallel_for(0, std::min(threads, plan.tasks[phase]), 1, [&](int64_t, int64_t) {
       void* own = at(workspace + scratch * next_scratch++);
@@ -544,14 +643,17 @@ void prepare(std::initializer_list<Tensor*> tensors) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, Tensor key,
-                                                                 Tensor value,
-                                                                 std::optional<Tensor> mask,
-                                                                 bool is_causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
+    Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
+    std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks, std::optional<Tensor> spans,
+    std::optional<Tensor> seeds, int64_t left, int64_t right, int64_t offset, double scale,
+    double softcap, double dropout_p) {
   prepare({&query, &key, &value});
   const DType dtype = dtype_of(query);
+  const AttentionTensors tensors(query, key, value, mask, alibi_slopes, sinks, spans, seeds,
+                                 {left, right, offset, scale, softcap, dropout_p});
   AttentionForward arguments;
-  static_cast<Attention&>(arguments) = attention_of(query, key, value, mask, is_causal, scale);
+  static_cast<Attention&>(arguments) = tensors.arguments;
   Tensor output = new_heads(query, value.size(3));
   Tensor rounding =
       new_heads(query, accumulator_of(dtype) == query.scalar_type() ? 0 : value.size(3));
@@ -559,52 +661,72 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(Tensor query, T
     return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)},
                                     accumulator_of(dtype));
   };
-  Tensor row_max = per_row(), row_sum = per_row();
+  Tensor lse = per_row(), row_max = per_row(), row_sum = per_row();
   arguments.threads = torch::stable::get_num_threads();
   arguments.output = heads_of_result(output);
   arguments.rounding = heads_of_result(rounding);
+  arguments.lse = lse.mutable_data_ptr();
   arguments.row_max = row_max.mutable_data_ptr();
   arguments.row_sum = row_sum.mutable_data_ptr();
   run_attention(active_kernels().attention_forward[dtype], arguments, query);
-  return {output, rounding, row_max, row_sum};
+  return {output, lse, rounding, row_max, row_sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
-    Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
-    Tensor output, Tensor rounding, Tensor row_max, Tensor row_sum, bool is_causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    Tensor grad_output, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value,
+    std::optional<Tensor> mask, std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+    std::optional<Tensor> spans, std::optional<Tensor> seeds, Tensor output, Tensor rounding,
+    Tensor row_max, Tensor row_sum, int64_t left, int64_t right, int64_t offset, double scale,
+    double softcap, double dropout_p, bool of_mask) {
   prepare({&query, &key, &value, &grad_output, &output, &rounding});
   const DType dtype = dtype_of(query);
+  const AttentionTensors tensors(query, key, value, mask, alibi_slopes, sinks, spans, seeds,
+                                 {left, right, offset, scale, softcap, dropout_p});
   AttentionBackward arguments;
-  static_cast<Attention&>(arguments) = attention_of(query, key, value, mask, is_causal, scale);
-  const bool rounded = accumulator_of(dtype) != query.scalar_type();
+  static_cast<Attention&>(arguments) = tensors.arguments;
+  const ScalarType accumulator = accumulator_of(dtype);
+  const bool rounded = accumulator != query.scalar_type();
+  const int64_t B = query.size(0), H = query.size(1), L = query.size(2);
   const Tensor* outputs[] = {&grad_output, &output, &rounding};
   for (const Tensor* x : outputs) {
     const int64_t columns = x != &rounding || rounded ? value.size(3) : 0;
-    STD_TORCH_CHECK(x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
-                        x->size(2) == query.size(2) && x->size(3) == columns &&
-                        x->scalar_type() == query.scalar_type(),
+    STD_TORCH_CHECK(x->size(0) == B && x->size(1) == H && x->size(2) == L &&
+                        x->size(3) == columns && x->scalar_type() == query.scalar_type(),
                     "expected grad_output, output and, of 16-bit types, rounding (B, Hq, L, Dv) of "
                     "query's type");
   }
-  for (Tensor* x : {&row_max, &row_sum}) {
-    STD_TORCH_CHECK(x->dim() == 3 && x->size(0) == query.size(0) && x->size(1) == query.size(1) &&
-                        x->size(2) == query.size(2) && x->scalar_type() == accumulator_of(dtype),
-                    "expected row_max and row_sum (B, Hq, L) in the accumulator type");
-    *x = torch::stable::contiguous(*x);
-  }
+  const auto per_row = [&](Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == B && x.size(1) == H && x.size(2) == L &&
+                        x.scalar_type() == accumulator,
+                    "expected grad_lse, row_max and row_sum (B, Hq, L) in the accumulator type");
+    x = torch::stable::contiguous(x);
+    return x.const_data_ptr();
+  };
+  STD_TORCH_CHECK(!of_mask || (mask.has_value() && mask->scalar_type() != ScalarType::Bool),
+                  "expected an additive attn_mask, whose gradient is asked for");
   Tensor grad_query = new_heads(query, query.size(3));
   Tensor grad_key = new_heads(key, key.size(3));
   Tensor grad_value = new_heads(value, value.size(3));
+  Tensor grad_mask =
+      of_mask
+          ? torch::stable::new_empty(
+                query, {mask->size(0), mask->size(1), mask->size(2), mask->size(3)}, accumulator)
+          : torch::stable::new_empty(query, {B, 0}, accumulator);
+  Tensor grad_sinks = sinks.has_value() ? torch::stable::new_empty(query, {B, H, L}, accumulator)
+                                        : torch::stable::new_empty(query, {B, 0, 0}, accumulator);
   arguments.grad_output = heads_of(grad_output);
   arguments.output = heads_of(output);
   arguments.rounding = heads_of(rounding);
-  arguments.row_max = row_max.const_data_ptr();
-  arguments.row_sum = row_sum.const_data_ptr();
+  arguments.grad_lse = grad_lse.has_value() ? per_row(*grad_lse) : nullptr;
+  arguments.row_max = per_row(row_max);
+  arguments.row_sum = per_row(row_sum);
   arguments.grad_query = heads_of_result(grad_query);
   arguments.grad_key = heads_of_result(grad_key);
   arguments.grad_value = heads_of_result(grad_value);
+  arguments.grad_mask = of_mask ? grad_mask.mutable_data_ptr() : nullptr;
+  arguments.grad_sinks = sinks.has_value() ? grad_sinks.mutable_data_ptr() : nullptr;
   run_attention(active_kernels().attention_backward[dtype], arguments, query);
-  return {grad_query, grad_key, grad_value};
+  return {grad_query, grad_key, grad_value, grad_mask, grad_sinks};
 }
 
 }  // namespace

@@ -248,6 +248,7 @@ struct Tensor {
     const std::vector<double> got = numbers();
     for (size_t i = 0; i < got.size(); ++i) {
       const double x = expected[i];
+      if (got[i] == x) continue;  // infinities too
       if (std::isnan(x) ? std::isnan(got[i])
                         : std::fabs(got[i] - x) <= tolerance * (1 + std::fabs(x)))
         continue;
@@ -284,13 +285,34 @@ void add(double factor, const double* x, int64_t n, double* sum) {
   for (int64_t i = 0; i < n; ++i) sum[i] += factor * x[i];
 }
 
+// Whether dropout keeps a weight; fastgpt/ops/dropout.py has the definition.
+bool keeps(int64_t seed, int64_t head, int64_t i, int64_t j, uint32_t below) {
+  uint32_t c[4] = {uint32_t(i), uint32_t(head), 0, 0};
+  uint32_t k[2] = {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32)};
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t x = uint64_t(0xD2511F53) * c[0], y = uint64_t(0xCD9E8D57) * c[2];
+    const uint32_t next[4] = {uint32_t(y >> 32) ^ c[1] ^ k[0], uint32_t(y),
+                              uint32_t(x >> 32) ^ c[3] ^ k[1], uint32_t(x)};
+    std::copy(next, next + 4, c);
+    k[0] += 0x9E3779B9;
+    k[1] += 0xBB67AE85;
+  }
+  uint32_t x = uint32_t(j) ^ c[0];
+  x = (x ^ (x >> 16)) * 0x7feb352d;
+  x = (x ^ (x >> 15) ^ c[1]) * 0x846ca68b;
+  return (x ^ (x >> 16)) >= below;
+}
+
+enum Places { kFull, kCausal, kEverything };  // with every option that there is
+
 // The arguments of one call, and what it should give.
 struct Problem {
-  Tensor query, key, value, grad_output, mask;
+  Tensor query, key, value, grad_output, mask, slopes, sinks, grad_lse;
+  std::vector<int64_t> spans, seeds;
   Attention arguments;
-  std::vector<double> output, row_sum, grad_query, grad_key, grad_value;
+  std::vector<double> output, lse, row_sum, grad_query, grad_key, grad_value, grad_mask, grad_sinks;
 
-  Problem(DType dtype, DType accumulator, const Shape& s, bool causal, const Mask& m, bool nan)
+  Problem(DType dtype, DType accumulator, const Shape& s, Places places, const Mask& m, bool nan)
       : query(dtype, s.batch, s.query_heads, s.queries, s.head_dim),
         key(dtype, s.batch, s.heads, s.keys, s.head_dim),
         value(dtype, s.batch, s.heads, s.keys, s.value_dim),
@@ -298,8 +320,13 @@ struct Problem {
         mask(m.kind == kBoolMask      ? kBool
              : m.kind == kStorageMask ? dtype
                                       : accumulator,
-             s.batch, s.query_heads, s.queries, m.column == 0 ? 1 : s.keys) {
-    for (Tensor* x : {&query, &key, &value, &grad_output, &mask}) x->fill_normally();
+             s.batch, s.query_heads, s.queries, m.column == 0 ? 1 : s.keys),
+        slopes(accumulator, 1, 1, 1, s.query_heads),
+        sinks(accumulator, 1, 1, 1, s.query_heads),
+        grad_lse(accumulator, 1, 1, 1, s.batch * s.query_heads * s.queries),
+        arguments{} {
+    for (Tensor* x : {&query, &key, &value, &grad_output, &mask, &slopes, &sinks, &grad_lse})
+      x->fill_normally();
     // The first query of a head sees nothing, the others three of four keys (or heads).
     for (int64_t i = 0; i < mask.count(); ++i) {
       if (i / mask.columns % s.queries == 0 || generator() % 4 == 0)
@@ -308,70 +335,128 @@ struct Problem {
     // In one head, and between keys that causality hides from more queries and from fewer.
     if (nan) put(dtype, value.bytes.data(), value.place(s.keys / 2 * s.value_dim), NAN);
 
-    AttentionMask strided{kNoMask, nullptr, 0, 0, 0, 0};
+    Attention& a = arguments;
+    a.batch = s.batch;
+    a.query_heads = s.query_heads;
+    a.heads = s.heads;
+    a.queries = s.queries;
+    a.keys = s.keys;
+    a.head_dim = s.head_dim;
+    a.value_dim = s.value_dim;
+    a.scale = 1 / std::sqrt(double(s.head_dim));
+    a.rescale = 1;
     if (m.kind != kNoMask) {
       const Heads<const void> view = mask.view<const void>();
-      strided = {m.kind, view.data, view.batch, view.head, view.row, m.column};
+      a.mask = {m.kind,
+                view.data,
+                view.batch,
+                view.head,
+                view.row,
+                m.column,
+                {mask.batch, mask.heads, mask.rows, mask.columns}};
     }
-    arguments = {s.batch,
-                 s.query_heads,
-                 s.heads,
-                 s.queries,
-                 s.keys,
-                 s.head_dim,
-                 s.value_dim,
-                 causal,
-                 1 / std::sqrt(double(s.head_dim)),
-                 strided,
-                 query.view<const void>(),
-                 key.view<const void>(),
-                 value.view<const void>()};
+    spans.resize(size_t(3 * s.queries));
+    a.begin = spans.data();
+    a.end = a.begin + s.queries;
+    a.place = a.end + s.queries;
+    int64_t first = 0, last = 0;
+    for (int64_t i = 0; i < s.queries; ++i) {
+      int64_t begin = 0, end = places == kCausal ? i + 1 : s.keys, place = i;
+      if (places == kEverything) {  // stretches that leap, overlap, and are empty at times
+        place = i * s.keys / s.queries;
+        begin = place - int64_t(generator() % 70);
+        end = place + int64_t(generator() % 40) - 10;
+      }
+      first = std::clamp(begin, first, s.keys);
+      last = std::clamp(end, std::max(first, last), s.keys);
+      spans[size_t(i)] = first;
+      spans[size_t(s.queries + i)] = last;
+      spans[size_t(2 * s.queries + i)] = place;
+    }
+    if (places == kEverything) {
+      a.softcap = 2;
+      a.slopes = slopes.bytes.data();
+      a.sinks = sinks.bytes.data();
+      for (int64_t b = 0; b < s.batch; ++b) seeds.push_back(int64_t(generator()) << 20);
+      a.seeds = seeds.data();
+      a.drop_below = 1u << 30;
+      a.rescale = 1 / 0.75;
+    }
+    a.query = query.view<const void>();
+    a.key = key.view<const void>();
+    a.value = value.view<const void>();
     solve();
   }
 
   void solve() {
     const Attention& a = arguments;
     const std::vector<double> q = query.numbers(), k = key.numbers(), v = value.numbers(),
-                              g = grad_output.numbers(), bias = mask.numbers();
+                              g = grad_output.numbers(), bias = mask.numbers(),
+                              slope = slopes.numbers(), sink = sinks.numbers(),
+                              h = grad_lse.numbers();
     output.resize(g.size());
-    row_sum.resize(size_t(a.batch * a.query_heads * a.queries));
+    lse.resize(h.size());
+    row_sum.resize(h.size());
     grad_query.resize(q.size());
     grad_key.resize(k.size());
     grad_value.resize(v.size());
-    std::vector<double> p(static_cast<size_t>(a.keys));
+    grad_mask.resize(bias.size());
+    grad_sinks.resize(h.size());
+    std::vector<double> p(static_cast<size_t>(a.keys)), slope_of_cap(p.size(), 1.0), kept(p.size());
     for (int64_t row = 0; row < int64_t(row_sum.size()); ++row) {
-      const int64_t head = row / a.queries, i = row % a.queries;
-      const int64_t first_key = head / (a.query_heads / a.heads) * a.keys;
+      const int64_t all_head = row / a.queries, i = row % a.queries;
+      const int64_t head = all_head % a.query_heads;
+      const int64_t first_key = all_head / (a.query_heads / a.heads) * a.keys;
       const double *query_row = &q[size_t(row * a.head_dim)],
                    *g_row = &g[size_t(row * a.value_dim)];
       const auto key_at = [&](int64_t j) { return size_t((first_key + j) * a.head_dim); };
       const auto value_at = [&](int64_t j) { return size_t((first_key + j) * a.value_dim); };
+      const auto mask_at = [&](int64_t j) {
+        return size_t(row * mask.columns + j * a.mask.column);
+      };
       double* o = &output[size_t(row * a.value_dim)];
 
-      double top = -INFINITY, total = 0;
+      double top = a.sinks ? sink[size_t(head)] : -INFINITY, total = 0;
       for (int64_t j = 0; j < a.keys; ++j) {
         double& score = p[size_t(j)];
         score = a.scale * dot(query_row, &k[key_at(j)], a.head_dim);
-        if (a.mask.kind != kNoMask) score += bias[size_t(row * mask.columns + j * a.mask.column)];
-        if (a.causal && j > i) score = -INFINITY;
+        if (a.softcap != 0) {
+          const double t = std::tanh(score / a.softcap);
+          score = a.softcap * t;
+          slope_of_cap[size_t(j)] = 1 - t * t;
+        }
+        if (a.slopes) score -= slope[size_t(head)] * double(std::abs(a.place[i] - j));
+        if (a.mask.kind != kNoMask) score += bias[mask_at(j)];
+        if (j < a.begin[i] || j >= a.end[i]) score = -INFINITY;
         top = std::max(top, score);
+        kept[size_t(j)] = 1;
+        if (a.seeds && !keeps(a.seeds[all_head / a.query_heads], head, i, j, a.drop_below))
+          kept[size_t(j)] = 0;
       }
       for (double& x : p) total += x = x == -INFINITY ? 0 : std::exp(x - top);
+      const double p_sink = a.sinks ? std::exp(sink[size_t(head)] - top) : 0;
+      total += p_sink;
       row_sum[size_t(row)] = total;
+      lse[size_t(row)] = total == 0 ? -INFINITY : top + std::log(total);
       // What a query does not see is not 0 times it, which may be NaN.
       for (int64_t j = 0; j < a.keys; ++j) {
         if (p[size_t(j)] == 0) continue;
         p[size_t(j)] /= total;
-        add(p[size_t(j)], &v[value_at(j)], a.value_dim, o);
+        if (kept[size_t(j)] == 0) continue;
+        add(a.rescale * p[size_t(j)], &v[value_at(j)], a.value_dim, o);
       }
-      const double delta = dot(g_row, o, a.value_dim);
+      const double delta = dot(g_row, o, a.value_dim) - h[size_t(row)];
+      grad_sinks[size_t(row)] = total == 0 ? 0 : -p_sink / total * delta;
       for (int64_t j = 0; j < a.keys; ++j) {
         if (p[size_t(j)] == 0) continue;
-        const double dp = dot(g_row, &v[value_at(j)], a.value_dim);
-        const double ds = a.scale * p[size_t(j)] * (dp - delta);
-        add(p[size_t(j)], g_row, a.value_dim, &grad_value[value_at(j)]);
-        add(ds, &k[key_at(j)], a.head_dim, &grad_query[size_t(row * a.head_dim)]);
-        add(ds, query_row, a.head_dim, &grad_key[key_at(j)]);
+        const double r = a.rescale * kept[size_t(j)];
+        const double dp = r == 0 ? 0 : r * dot(g_row, &v[value_at(j)], a.value_dim);
+        const double ds = p[size_t(j)] * (dp - delta);
+        const double dy = a.scale * ds * slope_of_cap[size_t(j)];
+        add(r * p[size_t(j)], g_row, a.value_dim, &grad_value[value_at(j)]);
+        add(dy, &k[key_at(j)], a.head_dim, &grad_query[size_t(row * a.head_dim)]);
+        add(dy, query_row, a.head_dim, &grad_key[key_at(j)]);
+        if (a.mask.kind != kNoMask) grad_mask[mask_at(j)] += ds;
       }
     }
   }
@@ -392,7 +477,7 @@ void run(const AttentionKernel<Arguments>& kernel, const Arguments& arguments) {
   const AttentionPlan plan = kernel.plan(arguments);
   const Lines workspace(plan.workspace_bytes), scratch(plan.scratch_bytes);
   workspace.poison();
-  for (int phase = 0; phase < 3; ++phase) {
+  for (int phase = 0; phase < kPhases; ++phase) {
     // Any order will do, and no task may count on what another left in its scratch.
     for (int64_t task = plan.tasks[phase] - 1; task >= 0; --task) {
       scratch.poison();
@@ -406,22 +491,25 @@ bool check_attention(const Kernels& kernels, DType dtype, DType accumulator, Pro
   const double tolerances[] = {1e-5, 1e-12, 3e-2, 3e-3};
   const double tolerance = tolerances[dtype];
   Tensor output(dtype, a.batch, a.query_heads, a.queries, a.value_dim), rounding = output;
-  Tensor row_max(accumulator, 1, 1, 1, a.batch * a.query_heads * a.queries), row_sum = row_max;
+  Tensor row_max(accumulator, 1, 1, 1, a.batch * a.query_heads * a.queries),
+      row_sum = row_max, lse = row_max, grad_sinks = row_max;
   const bool rounds = dtype != accumulator;
   AttentionForward forward;
   static_cast<Attention&>(forward) = a;
   // One thread packs the keys of many heads head by head; a hundred pack them all first.
   for (int64_t threads : {1, 100}) {
-    for (Tensor* x : {&output, &rounding, &row_max, &row_sum})
+    for (Tensor* x : {&output, &rounding, &row_max, &row_sum, &lse})
       std::fill(x->bytes.begin(), x->bytes.end(), uint8_t(0xff));
     forward.threads = threads;
     forward.output = output.view<void>();
     forward.rounding = rounds ? rounding.view<void>() : Heads<void>{};
+    forward.lse = lse.bytes.data();
     forward.row_max = row_max.bytes.data();
     forward.row_sum = row_sum.bytes.data();
     run(kernels.attention_forward[dtype], forward);
     if (!output.is("output", problem.output, tolerance)) return false;
     if (!row_sum.is("row_sum", problem.row_sum, 1e-5)) return false;
+    if (!lse.is("lse", problem.lse, dtype == accumulator ? 1e-5 : 1e-2)) return false;
   }
 
   Tensor grad_query(dtype, a.batch, a.query_heads, a.queries, a.head_dim);
@@ -432,6 +520,12 @@ bool check_attention(const Kernels& kernels, DType dtype, DType accumulator, Pro
   backward.grad_output = problem.grad_output.view<const void>();
   backward.output = output.view<const void>();
   backward.rounding = rounds ? rounding.view<const void>() : Heads<const void>{};
+  // The gradient of a mask of numbers, of its own sizes.
+  const bool of_mask = a.mask.kind == kStorageMask || a.mask.kind == kAccumulatorMask;
+  Tensor grad_mask(accumulator, 1, 1, 1, problem.mask.count());
+  backward.grad_lse = problem.grad_lse.bytes.data();
+  backward.grad_mask = of_mask ? grad_mask.bytes.data() : nullptr;
+  backward.grad_sinks = a.sinks ? grad_sinks.bytes.data() : nullptr;
   backward.row_max = row_max.bytes.data();
   backward.row_sum = row_sum.bytes.data();
   backward.grad_query = grad_query.view<void>();
@@ -440,7 +534,9 @@ bool check_attention(const Kernels& kernels, DType dtype, DType accumulator, Pro
   run(kernels.attention_backward[dtype], backward);
   return grad_query.is("grad_query", problem.grad_query, tolerance) &&
          grad_key.is("grad_key", problem.grad_key, tolerance) &&
-         grad_value.is("grad_value", problem.grad_value, tolerance);
+         grad_value.is("grad_value", problem.grad_value, tolerance) &&
+         (!of_mask || grad_mask.is("grad_mask", problem.grad_mask, tolerance)) &&
+         (!a.sinks || grad_sinks.is("grad_sinks", problem.grad_sinks, tolerance));
 }
 
 // How many cases are right; -1 if one is not.
@@ -452,20 +548,20 @@ int check_attention_of(const Shape& s) {
   for (int t = 0; t < kDTypes; ++t) {
     const DType dtype = DType(t), accumulator = dtype == kFloat64 ? kFloat64 : kFloat32;
     for (int m = 0; m < 7; ++m) {
-      for (bool causal : {false, true}) {
+      for (Places places : {kFull, kCausal, kEverything}) {
         const Mask& mask = masks[m];
-        const bool nan = causal != (m % 2 == 1);  // once for every mask
-        Problem problem(dtype, accumulator, s, causal, mask, nan);
+        const bool nan = (places == kCausal) != (m % 2 == 1);  // with and without, for every mask
+        Problem problem(dtype, accumulator, s, places, mask, nan);
         for (int i = 0; i < isa_count(); ++i) {
           if (!check_attention(isa_at(i), dtype, accumulator, problem)) {
             std::printf(
                 "%s: dtype %d, heads (%lld, %lld, %lld), %lld queries, %lld keys, columns %lld and "
-                "%lld, causal %d, mask %d of stride %lld, NaN %d\n",
+                "%lld, places %d, mask %d of stride %lld, NaN %d\n",
                 isa_at(i).isa, t, static_cast<long long>(s.batch),
                 static_cast<long long>(s.query_heads), static_cast<long long>(s.heads),
                 static_cast<long long>(s.queries), static_cast<long long>(s.keys),
-                static_cast<long long>(s.head_dim), static_cast<long long>(s.value_dim), causal,
-                int(mask.kind), static_cast<long long>(mask.column), nan);
+                static_cast<long long>(s.head_dim), static_cast<long long>(s.value_dim),
+                int(places), int(mask.kind), static_cast<long long>(mask.column), nan);
             return -1;
           }
           ++checked;

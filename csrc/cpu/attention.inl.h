@@ -1,23 +1,30 @@
 // Scaled dot-product attention and its gradient in tiles, for any instruction set.
 //
-// For a query row q_i, keys k_j and values v_j, with the mask's b_ij (0 or -inf if it is boolean):
+// For a query row q_i, keys k_j and values v_j, with what is added to a score in b_ij (the mask's
+// number, or 0 or -inf if it is boolean, and -slope |p_i - j|), C the softcap or nothing, and
+// R_ij = kept / (1 - dropout_p) or 1:
 //
-//   x_ij = scale <q_i, k_j> + b_ij    m_i = max_j x_ij    l_i = sum_j exp(x_ij - m_i)
-//   p_ij = exp(x_ij - m_i) / l_i      o_i = sum_j p_ij v_j
+//   y_ij = scale <q_i, k_j>           x_ij = C(y_ij) + b_ij      m_i = max_j x_ij
+//   l_i = sum_j exp(x_ij - m_i)       p_ij = exp(x_ij - m_i) / l_i
+//   o_i = sum_j R_ij p_ij v_j         lse_i = m_i + log l_i
 //
-// and backward, for an upstream gradient g_i of o_i:
+// A head's sink takes part in m and l only. Backward, for the upstream gradients g_i of o_i and h_i
+// of lse_i:
 //
-//   dp_ij = <g_i, v_j>        delta_i = sum_j p_ij dp_ij = <g_i, o_i>
-//   ds_ij = p_ij (dp_ij - delta_i)
-//   dv_j = sum_i p_ij g_i     dq_i = scale sum_j ds_ij k_j     dk_j = scale sum_i ds_ij q_i
+//   dp_ij = R_ij <g_i, v_j>           delta_i = sum_j p_ij dp_ij - h_i = <g_i, o_i> - h_i
+//   ds_ij = p_ij (dp_ij - delta_i)    dy_ij = ds_ij C'(y_ij)
+//   dv_j = sum_i R_ij p_ij g_i        dq_i = scale sum_j dy_ij k_j
+//   dk_j = scale sum_i dy_ij q_i      db_ij = ds_ij             dsink = -sum_i p_i,sink delta_i
 //
 // The forward walks the keys of a block of queries with a running maximum (Milakov and Gimelshein
 // 2018; Dao et al., "FlashAttention", 2022). The backward recomputes p from the saved m and l, and
 // walks the queries of a tile of keys (Dao, "FlashAttention-2", 2023): dk and dv stay in the
 // caches, and dq is summed over the tiles in a fixed order. Nothing of size L x S exists.
 //
-// FLOPs, of the pairs (i, j) that are allowed: 4 D per pair forward, 10 D backward. A causal mask
-// is followed to 6 queries by one register of keys; beyond that nothing is computed.
+// FLOPs, of the pairs (i, j) that are allowed: 4 D per pair forward, 10 D backward, 4 D more for
+// the gradient of a mask. Each query sees one stretch of keys, whose ends never fall from one query
+// to the next: causality, a window and packed documents are all of that kind. They are followed to
+// 6 queries by one register of keys; beyond that nothing is computed.
 
 // At most so many queries in a block and keys in a tile.
 constexpr int64_t kQueryBlock = 96;
@@ -217,9 +224,66 @@ static inline T* at(const Heads<void>& x, int64_t b, int64_t h, int64_t row) {
   return static_cast<T*>(x.data) + b * x.batch + h * x.head + row * x.row;
 }
 
-// How many of the `n` keys from `key` on a query may look at, as far as causality goes.
-static inline int64_t visible_keys(const Attention& a, int64_t query, int64_t key, int64_t n) {
-  return a.causal ? larger(0, smaller(n, query + 1 - key)) : n;
+// Columns [begin, end) of a tile of keys.
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+// Those of the `n` keys from `key` on that the queries `first` to `last` may look at, as far as
+// their places go: where there are several, that some of them may look at.
+static inline Range visible(const Attention& a, int64_t first, int64_t last, int64_t key,
+                            int64_t n) {
+  return {larger(0, smaller(n, a.begin[first] - key)), larger(0, smaller(n, a.end[last] - key))};
+}
+
+template <class T>
+static inline int64_t align_down(int64_t column) {
+  return column / Vec<acc_t<T>>::width * Vec<acc_t<T>>::width;
+}
+
+// ---- dropout ----
+
+// The 32 bits of a weight, as fastgpt/ops/dropout.py defines them: two words for a row of weights,
+// and a hash of the key's number between them.
+struct Row {
+  uint32_t before, between;
+};
+
+static Row dropout_row(const Attention& a, int64_t b, int64_t h, int64_t i) {
+  const uint64_t seed = uint64_t(a.seeds[b]);
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  uint32_t c0 = uint32_t(i), c1 = uint32_t(h), c2 = 0, c3 = 0;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t even = uint64_t(0xD2511F53) * c0, odd = uint64_t(0xCD9E8D57) * c2;
+    c0 = uint32_t(odd >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(odd);
+    c2 = uint32_t(even >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(even);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return {c0, c1};
+}
+
+// 1 or 0 for the n weights of the keys from `key` on; up to 15 more are written.
+template <class A>
+static void dropout_factors(const Row& row, uint32_t drop_below, int64_t key, int64_t n, A* kept) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t j = 0; j < n; j += 16) {
+    Words x = (lane + uint32_t(key + j)) ^ row.before;
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15 ^ row.between) * 0x846ca68bu;
+    x ^= x >> 16;
+    if (sizeof(A) == sizeof(float)) {
+      const Words one = lane * 0u + bit_cast<uint32_t>(1.0f);
+      const Words stays = Words(x >= drop_below) & one;
+      memcpy(kept + j, &stays, sizeof(stays));
+    } else {
+      for (int t = 0; t < 16; ++t) kept[j + t] = A(x[t] >= drop_below);
+    }
+  }
 }
 
 // ---- scores ----
@@ -227,8 +291,46 @@ static inline int64_t visible_keys(const Attention& a, int64_t query, int64_t ke
 constexpr double kLog2e = 1.4426950408889634;
 
 // A row of products s stands for scores of factor * s, in units of log 2, x log2(e), so that their
-// exponential is a power of 2. Without a mask the factor holds the scale; a mask is added to scores
-// proper, and their factor is 1. The saved maximum is one of s, whichever that is.
+// exponential is a power of 2. If the scores are nothing but scaled products the factor holds the
+// scale; otherwise they are formed, and their factor is 1. The saved maximum is one of s, whichever
+// that is.
+static inline bool scaled_products(const Attention& a) {
+  return a.mask.kind == kNoMask && a.softcap == 0 && !a.slopes && !a.sinks && a.scale > 0;
+}
+template <class A>
+static inline A score_factor(const Attention& a) {
+  return scaled_products(a) ? A(a.scale * kLog2e) : A(1);
+}
+
+template <class A>
+static inline A of_head(const void* x, int64_t batch_stride, int64_t b, int64_t h) {
+  return static_cast<const A*>(x)[b * batch_stride + h];
+}
+
+// C(scale s) in place of the products, and C' as far as it is asked for.
+template <class A>
+static void cap_row(A* s, int64_t n, A scale, A softcap, A* slope) {
+  using V = Vec<A>;
+  const Cap<A> cap{softcap};
+  for (int64_t j = 0; j < n; j += V::width) {
+    const Capped<A> capped = cap(V::load(s + j) * V::all(scale));
+    capped.y.store(s + j);
+    if (slope) capped.slope.store(slope + j);
+  }
+}
+
+// factor * s - slope |place - j| for the keys j from `key` on.
+template <class A>
+static void bias_row(A* s, int64_t n, A factor, A slope, int64_t place, int64_t key) {
+  using V = Vec<A>;
+  A lanes[V::width];
+  for (int64_t i = 0; i < V::width; ++i) lanes[i] = A(i);
+  V distance = V::load(lanes) + V::all(A(key - place));
+  for (int64_t j = 0; j < n; j += V::width) {
+    fma(V::all(-slope), abs(distance), V::load(s + j) * V::all(factor)).store(s + j);
+    distance = distance + V::all(A(V::width));
+  }
+}
 
 // Scores for a register of products and the mask's lanes.
 template <class A>
@@ -262,51 +364,91 @@ static void mask_row(A* s, int64_t n, A factor, const M* mask, int64_t column) {
   }
 }
 
-// Applies the mask to the products of query i with the n keys from j on, fills the register that n
-// ends in with what the softmax makes 0 of, and returns the factor that s still lacks.
+// The scores of query i and the keys of one tile that it sees, of the products in s (from the
+// tile's first column on), if they are more than scaled products: x log2(e). `slope`: where C'
+// goes, if there is a softcap, or null.
 template <class T>
-static inline acc_t<T> mask_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t j,
-                                int64_t n, acc_t<T>* s) {
+static void form_scores(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t key,
+                        Range seen, acc_t<T>* s, acc_t<T>* slope) {
   using A = acc_t<T>;
   A factor = A(a.scale * kLog2e);
-  const AttentionMask& mask = a.mask;
-  const int64_t start = b * mask.batch + h * mask.head + i * mask.row + j * mask.column;
-  if (mask.kind == kBoolMask) {
-    mask_row(s, n, factor, static_cast<const uint8_t*>(mask.data) + start, mask.column);
-  } else if (mask.kind == kStorageMask) {
-    mask_row(s, n, factor, static_cast<const T*>(mask.data) + start, mask.column);
-  } else if (mask.kind == kAccumulatorMask) {
-    mask_row(s, n, factor, static_cast<const A*>(mask.data) + start, mask.column);
-  } else if (!(factor > 0)) {
-    // So that what is filled in below stays the smallest.
-    for (int64_t k = 0; k < n; ++k) s[k] *= factor;
+  const int64_t first = align_down<T>(seen.begin), count = seen.end - first;
+  A* x = s + first;
+  if (a.softcap != 0) {
+    cap_row(x, count, A(a.scale), A(a.softcap), slope ? slope + first : nullptr);
+    factor = A(kLog2e);
   }
-  if (mask.kind != kNoMask || !(factor > 0)) factor = 1;
-  for (int64_t k = n; k % Vec<A>::width != 0; ++k) s[k] = A(-INFINITY);
-  return factor;
+  if (a.slopes) {
+    const A head = of_head<A>(a.slopes, a.slopes_batch, b, h);
+    bias_row(x, count, factor, head * A(kLog2e), a.place[i], key + first);
+    factor = 1;
+  }
+  const AttentionMask& mask = a.mask;
+  const int64_t start = b * mask.batch + h * mask.head + i * mask.row + (key + first) * mask.column;
+  if (mask.kind == kBoolMask) {
+    mask_row(x, count, factor, static_cast<const uint8_t*>(mask.data) + start, mask.column);
+  } else if (mask.kind == kStorageMask) {
+    mask_row(x, count, factor, static_cast<const T*>(mask.data) + start, mask.column);
+  } else if (mask.kind == kAccumulatorMask) {
+    mask_row(x, count, factor, static_cast<const A*>(mask.data) + start, mask.column);
+  } else if (factor != 1) {
+    for (int64_t k = 0; k < count; ++k) x[k] *= factor;
+  }
+}
+
+// Makes scores of one row's products, whose factor is `factor`, as far as the query sees; fills the
+// registers that they begin and end in with what the softmax makes 0 of.
+template <class T>
+static inline void score_row(const Attention& a, bool scaled, int64_t b, int64_t h, int64_t i,
+                             int64_t key, Range seen, acc_t<T>* s, acc_t<T>* slope) {
+  using A = acc_t<T>;
+  if (!scaled) form_scores<T>(a, b, h, i, key, seen, s, slope);
+  for (int64_t k = align_down<T>(seen.begin); k < seen.begin; ++k) s[k] = A(-INFINITY);
+  for (int64_t k = seen.end; k % Vec<A>::width != 0; ++k) s[k] = A(-INFINITY);
+}
+
+// A long head_dim is summed in pieces, for accuracy.
+constexpr int64_t kDepthPiece = 128;
+
+// The products of up to Tile::rows rows of `a` with the columns [seen.begin, seen.end) of a panel
+// of packed keys, in whole registers: the piece that begins at d of the sum.
+template <class T>
+static inline void panel_products(int64_t rows, const operand_t<T>* a, int64_t a_row,
+                                  const operand_t<T>* b, int64_t d, int64_t depth, Range seen,
+                                  acc_t<T>* s) {
+  constexpr int64_t panel = Tiling<T>::panel, width = Tiling<T>::width;
+  const int64_t first = seen.begin / width, registers = ceil_div(seen.end, width) - first;
+  const Product<operand_t<T>> x{smaller(kDepthPiece, depth - d),
+                                a + d,
+                                a_row,
+                                1,
+                                b + d * panel + first * width,
+                                panel,
+                                s + first * width,
+                                kKeyTile,
+                                d == 0 ? Into::kFresh : Into::kSum,
+                                nullptr};
+  product(x, int(rows), int(registers));
 }
 
 // The products of the rows of `a` with the keys of one tile: s (rows, kKeyTile), as far as each
-// group of Tile::rows queries sees. A long head_dim is summed in pieces, for accuracy.
+// group of Tile::rows queries sees.
 template <class T>
 static void products(const Attention& x, int64_t query, int64_t rows, int64_t key, int64_t n,
                      const operand_t<T>* a, int64_t a_row, const operand_t<T>* b, int64_t depth,
                      acc_t<T>* s) {
-  using L = Tiling<T>;
-  constexpr int64_t most = 128;
-  for (int64_t start = 0; start < n; start += L::panel) {
-    for (int64_t d = 0; d < depth; d += most) {
+  constexpr int64_t panel = Tiling<T>::panel;
+  const Range all = visible(x, query, query + rows - 1, key, n);
+  for (int64_t start = all.begin / panel * panel; start < all.end; start += panel) {
+    for (int64_t d = 0; d < depth; d += kDepthPiece) {
       for (int64_t r = 0; r < rows; r += Tile::rows) {
         const int64_t some = smaller(Tile::rows, rows - r);
-        const int64_t seen = visible_keys(x, query + r + some - 1, key, n) - start;
-        if (seen <= 0) continue;
-        const int registers = int(ceil_div(smaller(seen, L::panel), L::width));
-        product<operand_t<T>>(
-            {smaller(most, depth - d), a + r * a_row + d, a_row, 1, b, L::panel,
-             s + r * kKeyTile + start, kKeyTile, d == 0 ? Into::kFresh : Into::kSum, nullptr},
-            int(some), registers);
+        const Range seen = visible(x, query + r, query + r + some - 1, key, n);
+        const Range here = {larger(0, seen.begin - start), smaller(seen.end - start, panel)};
+        if (here.empty()) continue;
+        panel_products<T>(some, a + r * a_row, a_row, b + start * depth, d, depth, here,
+                          s + r * kKeyTile + start);
       }
-      b += smaller(most, depth - d) * L::panel;
     }
   }
 }
@@ -340,60 +482,7 @@ static inline void store_rounding(const acc_t<T>* x, acc_t<T> factor, int64_t n,
   for (; i < n; ++i) out[i] = narrow<T>(x[i] * factor - widen(rounded[i]));
 }
 
-// ---- forward ----
-
-template <class T>
-struct ForwardMemory {
-  using L = Tiling<T>;
-  using A = typename L::A;
-  using E = typename L::E;
-
-  // Of the tiles of every head, or of the task's head alone: K transposed, V, and whether V is
-  // finite. Where there are heads enough, a task packs one for itself and does all its queries.
-  E *keys, *values;
-  uint8_t* finite;
-  bool by_head;
-  // Of a block of queries.
-  E *query, *weights;
-  A *scores, *output, *row_max, *row_sum, *factor;
-
-  int64_t workspace_bytes, scratch_bytes;
-
-  ForwardMemory(const AttentionForward& a, const L& l, void* workspace, void* scratch) {
-    Carver shared(workspace), own(scratch);
-    by_head = a.batch * a.heads >= 8 * a.threads;
-    Carver& packed = by_head ? own : shared;
-    const int64_t tiles = by_head ? l.key_tiles : l.all_key_tiles;
-    keys = packed.take<E>(tiles * l.tile * l.depth);
-    values = packed.take<E>(tiles * l.tile / L::terms * l.value_columns);
-    finite = packed.take<uint8_t>(tiles);
-    query = own.take<E>(kQueryBlock * l.depth);
-    scores = own.take<A>(kQueryBlock * kKeyTile);
-    weights = L::terms == 1 ? reinterpret_cast<E*>(scores)
-                            : own.take<E>(kQueryBlock * kKeyTile / L::terms);
-    output = own.take<A>(kQueryBlock * l.value_columns);
-    row_max = own.take<A>(kQueryBlock);
-    row_sum = own.take<A>(kQueryBlock);
-    factor = own.take<A>(kQueryBlock);
-    workspace_bytes = shared.used;
-    scratch_bytes = own.used;
-  }
-};
-
-template <class T>
-static void pack_forward(const AttentionForward& a, const Tiling<T>& l, const ForwardMemory<T>& to,
-                         int64_t task) {
-  using L = Tiling<T>;
-  const int64_t head = task / l.key_tiles, key = task % l.key_tiles * l.tile;
-  const int64_t tile = to.by_head ? task % l.key_tiles : task;
-  const int64_t b = head / a.heads, h = head % a.heads, n = smaller(l.tile, a.keys - key);
-  const T* value = at<T>(a.value, b, h, key);
-  L::pack_transposed_b(at<T>(a.key, b, h, key), a.key.row, n, a.head_dim,
-                       to.keys + tile * l.tile * l.depth);
-  L::pack_b(value, a.value.row, n, a.value_dim,
-            to.values + tile * (l.tile / L::terms) * l.value_columns);
-  to.finite[tile] = all_finite(value, a.value.row, n, a.value_dim);
-}
+// ---- softmax ----
 
 template <class A>
 static inline A row_maximum(const A* s, int64_t n) {
@@ -414,451 +503,76 @@ static inline int64_t in_step(int64_t n, const Some& some) {
   return j;
 }
 
-// One row's products to weights 2^(factor (s - shift)), zeros from n up to `padded`; their sum. The
-// difference first: the largest weight is 1 to the last bit, and stays so in 16 bits.
+// One row's products to weights 2^(factor (s - shift)); their sum. The difference first: the
+// largest weight is 1 to the last bit, and stays so in 16 bits. `kept`: what dropout multiplies the
+// weights by that are stored, or null.
 template <class A, class E>
-static inline A softmax_row(const A* s, int64_t n, int64_t padded, A factor, A shift, E* weights) {
+static inline A softmax_row(const A* s, int64_t n, A factor, A shift, const A* kept, E* weights) {
   using V = Vec<A>;
   V sum = V::all(0);
-  const auto some = [&](int64_t j, auto&& w) {
-    for (V& x : w) x = (V::load(s + j + (&x - w) * V::width) - V::all(shift)) * V::all(factor);
-    exp2(w);
-    for (const V& x : w) {
-      store_weights(x, weights, j + (&x - w) * V::width);
-      sum = sum + x;
-    }
+  const auto row = [&](const auto& last) {
+    in_step<V>(n, [&](int64_t j, auto&& w) {
+      for (V& x : w) x = (V::load(s + j + (&x - w) * V::width) - V::all(shift)) * V::all(factor);
+      exp2(w);
+      for (const V& x : w) {
+        const int64_t at = j + (&x - w) * V::width;
+        store_weights(last(x, at), weights, at);
+        sum = sum + x;
+      }
+    });
   };
-  int64_t j = in_step<V>(n, some);
-  for (; j < padded; j += V::width) store_weights(V::all(0), weights, j);
+  if (kept) {
+    row([&](V x, int64_t j) { return x * V::load(kept + j); });
+  } else {
+    row([](V x, int64_t) { return x; });
+  }
   return sum.reduce_add();
 }
 
-// The softmax of up to Tile::rows rows of products with the n keys from `key` on, as far as the
-// last of them sees: weights, and the running maximum and sum with the factor by which the sum
-// shrinks.
-template <class T>
-static void softmax_rows(const AttentionForward& a, int64_t b, int64_t h, int64_t query,
-                         int64_t rows, int64_t key, int64_t n, const ForwardMemory<T>& to,
-                         int64_t r) {
-  using L = Tiling<T>;
-  using A = typename L::A;
-  using V = Vec<A>;
-  constexpr int64_t lanes = (Tile::rows + V::width - 1) / V::width * V::width;
-  A factor[lanes] = {}, before[lanes] = {}, shift[lanes] = {};
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t visible = visible_keys(a, query + i, key, n);
-    A* s = to.scores + (r + i) * kKeyTile;
-    factor[i] = mask_row<T>(a, b, h, query + i, key, visible, s);
-    const A top = row_maximum(s, visible);
-    A& m = to.row_max[r + i];
-    before[i] = m;
-    if (!(top <= m)) m = top;
-    // Anything finite will do while all that was seen is -inf.
-    shift[i] = m == A(-INFINITY) ? A(0) : m;
-  }
-  for (int64_t i = 0; i < lanes; i += V::width) {
-    // A NaN in `before` is in the sum as well, and stays there.
-    V shrink[1] = {(V::load(before + i) - V::load(shift + i)) * V::load(factor + i)};
-    exp2(shrink);
-    shrink[0].store(before + i);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    to.factor[r + i] = before[i];
-    to.row_sum[r + i] =
-        to.row_sum[r + i] * before[i] +
-        softmax_row(to.scores + (r + i) * kKeyTile, visible_keys(a, query + i, key, n), n,
-                    factor[i], shift[i], to.weights + (r + i) * (kKeyTile / L::terms));
-  }
+// Zeros from column `begin` to `end`, in whole registers.
+template <class A, class E>
+static inline void zero_weights(int64_t begin, int64_t end, E* weights) {
+  for (int64_t j = begin; j < end; j += Vec<A>::width) store_weights(Vec<A>::all(0), weights, j);
 }
 
-template <class T>
-static void forward_block(const AttentionForward& a, const Tiling<T>& l, const ForwardMemory<T>& to,
-                          int64_t task) {
-  using L = Tiling<T>;
-  using A = typename L::A;
-  using E = typename L::E;
-  // The last block first: under a causal mask it is the longest.
-  const int64_t block = task + l.query_blocks - 1 - 2 * (task % l.query_blocks);
-  const auto [head, b, h, query, rows] = l.query_block(a, block);
-  const int64_t kv_head = b * a.heads + h / (a.query_heads / a.heads);
-  const int64_t first_tile = to.by_head ? 0 : kv_head * l.key_tiles;
-  const int64_t registers = l.value_columns / L::width;
-
-  L::pack_a(at<T>(a.query, b, h, query), a.query.row, rows, a.head_dim, to.query);
-  for (int64_t r = 0; r < rows; ++r) {
-    to.row_max[r] = A(-INFINITY);
-    to.row_sum[r] = 0;
-  }
-  const int64_t seen = visible_keys(a, query + rows - 1, 0, a.keys);
-  for (int64_t key = 0; key < seen; key += l.tile) {
-    const int64_t tile = first_tile + key / l.tile;
-    const int64_t n = smaller(l.tile, seen - key);
-    products<T>(a, query, rows, key, n, to.query, l.depth, to.keys + tile * l.tile * l.depth,
-                l.depth, to.scores);
-    for (int64_t r = 0; r < rows; r += Tile::rows) {
-      const int64_t some = smaller(Tile::rows, rows - r);
-      const int64_t sum_over = visible_keys(a, query + r + some - 1, key, n);
-      if (sum_over == 0) continue;
-      softmax_rows(a, b, h, query + r, some, key, sum_over, to, r);
-      const Product<E> x{ceil_div(sum_over, L::terms),
-                         to.weights + r * (kKeyTile / L::terms),
-                         kKeyTile / L::terms,
-                         1,
-                         to.values + tile * (l.tile / L::terms) * l.value_columns,
-                         l.value_columns,
-                         to.output + r * l.value_columns,
-                         l.value_columns,
-                         key == 0 ? Into::kFresh : Into::kScaledSum,
-                         to.factor + r};
-      wide_product(x, int(some), registers, to.finite[tile]);
-    }
-  }
-  A* row_max = static_cast<A*>(a.row_max) + head * a.queries + query;
-  A* row_sum = static_cast<A*>(a.row_sum) + head * a.queries + query;
-  for (int64_t r = 0; r < rows; ++r) {
-    const A sum = to.row_sum[r], factor = sum == 0 ? A(0) : 1 / sum;
-    A* exact = to.output + r * l.value_columns;
-    T* output = at<T>(a.output, b, h, query + r);
-    store_row(exact, factor, a.value_dim, output);
-    if (L::rounds) {
-      store_rounding(exact, factor, a.value_dim, output, at<T>(a.rounding, b, h, query + r));
-    }
-    row_max[r] = sum == 0 ? A(0) : to.row_max[r];
-    row_sum[r] = sum;
-  }
-}
-
-template <class T>
-static AttentionPlan plan_forward(const AttentionForward& a) {
-  const Tiling<T> l(a, false);
-  const ForwardMemory<T> memory(a, l, nullptr, nullptr);
-  return {memory.workspace_bytes,
-          memory.scratch_bytes,
-          {memory.by_head ? 0 : l.all_key_tiles,
-           memory.by_head ? a.batch * a.heads : l.all_query_blocks, 0}};
-}
-
-template <class T>
-static void run_forward(const AttentionForward& a, int phase, int64_t task, void* workspace,
-                        void* scratch) {
-  const Tiling<T> l(a, false);
-  const ForwardMemory<T> memory(a, l, workspace, scratch);
-  if (phase == 0) return pack_forward(a, l, memory, task);
-  if (!memory.by_head) return forward_block(a, l, memory, task);
-  for (int64_t t = 0; t < l.key_tiles; ++t) pack_forward(a, l, memory, task * l.key_tiles + t);
-  const int64_t blocks = a.query_heads / a.heads * l.query_blocks;
-  for (int64_t i = 0; i < blocks; ++i) forward_block(a, l, memory, task * blocks + i);
-}
-
-// ---- backward ----
-
-template <class T>
-struct BackwardMemory {
-  using L = Tiling<T>;
-  using A = typename L::A;
-  using E = typename L::E;
-
-  // Of a block of queries: Q and the upstream gradient G, as A and as B of a product; delta; and
-  // whether Q, G, delta and the statistics are finite.
-  E *query_a, *query_b, *grad_a, *grad_b;
-  int64_t query_row, grad_row;  // operands between rows of the `_a`
-  A* delta;
-  uint8_t* finite_queries;
-  // Of a block of queries and a chunk of the keys: dq.
-  A* grad_query;
-  int64_t chunks;
-
-  // Of a tile of keys, which only one task reads: K and V transposed, and K.
-  E *keys_transposed, *values_transposed, *keys;
-  // The scores or weights, dp or ds of a tile; with pairs of operands, the weights and ds as pairs
-  // of queries, and ds as pairs of keys.
-  A *scores, *grad_scores;
-  E *weights_pairs, *grad_pairs, *grad_rows;
-  A *grad_key, *grad_value;
-
-  int64_t workspace_bytes, scratch_bytes;
-
-  BackwardMemory(const Attention& a, const L& l, void* workspace, void* scratch) {
-    Carver shared(workspace), own(scratch);
-    const int64_t kv_heads = a.batch * a.heads;
-    const int64_t blocks = l.all_query_blocks;
-    query_b = shared.take<E>(blocks * (l.block / L::terms) * l.columns);
-    grad_b = shared.take<E>(blocks * (l.block / L::terms) * l.value_columns);
-    if (L::terms == 1) {
-      query_a = query_b;
-      grad_a = grad_b;
-      query_row = l.columns;
-      grad_row = l.value_columns;
-    } else {
-      query_a = shared.take<E>(blocks * l.block * l.depth);
-      grad_a = shared.take<E>(blocks * l.block * l.value_depth);
-      query_row = l.depth;
-      grad_row = l.value_depth;
-    }
-    delta = shared.take<A>(blocks * l.block);
-    finite_queries = shared.take<uint8_t>(blocks);
-    // More tasks when there are few heads; each chunk costs a dq.
-    chunks = smaller(larger(1, smaller(4, ceil_div(16, kv_heads))), l.key_tiles);
-    grad_query = shared.take<A>(chunks * blocks * l.block * l.columns);
-
-    keys_transposed = own.take<E>(kKeyTile * l.depth);
-    values_transposed = own.take<E>(kKeyTile * l.value_depth);
-    keys = own.take<E>(kKeyTile / L::terms * l.columns);
-    scores = own.take<A>(kQueryBlock * kKeyTile);
-    grad_scores = own.take<A>(kQueryBlock * kKeyTile);
-    if (L::terms == 1) {
-      weights_pairs = reinterpret_cast<E*>(scores);
-      grad_pairs = grad_rows = reinterpret_cast<E*>(grad_scores);
-    } else {
-      weights_pairs = own.take<E>(kQueryBlock / L::terms * kKeyTile);
-      grad_pairs = own.take<E>(kQueryBlock / L::terms * kKeyTile);
-      grad_rows = own.take<E>(kQueryBlock * kKeyTile / L::terms);
-    }
-    grad_key = own.take<A>(kKeyTile * l.columns);
-    grad_value = own.take<A>(kKeyTile * l.value_columns);
-    workspace_bytes = shared.used;
-    scratch_bytes = own.used;
-  }
-};
-
-// Returns whether the keys and values are finite.
-template <class T>
-static bool pack_key_tile(const AttentionBackward& a, const BackwardMemory<T>& to, int64_t b,
-                          int64_t h, int64_t key, int64_t n) {
-  using L = Tiling<T>;
-  const T *keys = at<T>(a.key, b, h, key), *values = at<T>(a.value, b, h, key);
-  L::pack_transposed_b(keys, a.key.row, n, a.head_dim, to.keys_transposed);
-  L::pack_transposed_b(values, a.value.row, n, a.value_dim, to.values_transposed);
-  L::pack_b(keys, a.key.row, n, a.head_dim, to.keys);
-  return all_finite(keys, a.key.row, n, a.head_dim) &&
-         all_finite(values, a.value.row, n, a.value_dim);
-}
-
-template <class T>
-static void pack_query_block(const AttentionBackward& a, const Tiling<T>& l,
-                             const BackwardMemory<T>& to, int64_t block) {
-  using L = Tiling<T>;
-  using A = typename L::A;
-  const auto [head, b, h, query, rows] = l.query_block(a, block);
-  const T* q = at<T>(a.query, b, h, query);
-  const T* grad = at<T>(a.grad_output, b, h, query);
-  L::pack_b(q, a.query.row, rows, a.head_dim,
-            to.query_b + block * (l.block / L::terms) * l.columns);
-  L::pack_b(grad, a.grad_output.row, rows, a.value_dim,
-            to.grad_b + block * (l.block / L::terms) * l.value_columns);
-  if (L::terms != 1) {
-    L::pack_a(q, a.query.row, rows, a.head_dim, to.query_a + block * l.block * l.depth);
-    L::pack_a(grad, a.grad_output.row, rows, a.value_dim,
-              to.grad_a + block * l.block * l.value_depth);
-  }
-  const int64_t first_row = head * a.queries + query;
-  bool finite = all_finite(static_cast<const A*>(a.row_max) + first_row, rows) &&
-                all_finite(static_cast<const A*>(a.row_sum) + first_row, rows) &&
-                all_finite(q, a.query.row, rows, a.head_dim) &&
-                all_finite(grad, a.grad_output.row, rows, a.value_dim);
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* g = grad + r * a.grad_output.row;
-    A& delta = to.delta[block * l.block + r];
-    delta = dot<A>(g, at<T>(a.output, b, h, query + r), a.value_dim);
-    if (L::rounds) delta += dot<A>(g, at<T>(a.rounding, b, h, query + r), a.value_dim);
-    finite &= delta * 0 == 0;
-  }
-  to.finite_queries[block] = finite;
-}
-
-// One row's products and dp of a tile to the weights p and ds; zeros from n up to `padded`. Where p
-// is 1, ds is 0: delta is dp, though summed in another order. Where NaN may be about, what is
-// masked gets 0 whatever m is, and ds is not p * dp where p is 0.
-template <bool kFinite, class A>
-static inline void gradient_row(A* s, A* dp, int64_t n, int64_t padded, A factor, A m, A inverse,
-                                A delta) {
-  using V = Vec<A>;
-  const V zero = V::all(0);
-  const V lowest = V::all(A(-INFINITY));
-  const auto some = [&](int64_t j, auto&& p) {
-    for (V& x : p) x = (V::load(s + j + (&x - p) * V::width) - V::all(m)) * V::all(factor);
-    exp2(p);
-    for (V& x : p) {
-      const int64_t at = j + (&x - p) * V::width;
-      x = x * V::all(inverse);
-      if (!kFinite) x = where_equal(V::load(s + at), lowest, zero, x);
-      V ds = x * (V::load(dp + at) - V::all(delta));
-      ds = where_equal(x, V::all(1), kFinite ? zero : ds * zero, ds);
-      if (!kFinite) ds = where_equal(x, zero, zero, ds);
-      x.store(s + at);
-      ds.store(dp + at);
-    }
-  };
-  int64_t j = in_step<V>(n, some);
-  for (; j < padded; j += V::width) {
-    zero.store(s + j);
-    zero.store(dp + j);
-  }
-}
-
-// Weights as operands of a product along the queries (pairs of rows) or along the keys (pairs
-// within a row). Where an operand is one number they are that already.
+// A head's sink joins a row's maximum m and sum l; returns what the row's sums of values, and l,
+// had to be multiplied by.
 template <class A>
-static inline void pair_rows(const A*, bool, int64_t, A*) {}
-template <class A>
-static inline void pair_columns(const A*, int64_t, A*) {}
-
-#if defined(FASTGPT_AVX512_BF16)
-// The row at `x` and, if there is one, the row below it.
-static inline void pair_rows(const float* x, bool second, int64_t n, bf16_pair* out) {
-  using V = Vec<float>;
-  for (int64_t j = 0; j < n; j += V::width) {
-    store_pairs(V::load(x + j), second ? V::load(x + kKeyTile + j) : V::all(0), out + j);
-  }
-}
-static inline void pair_columns(const float* x, int64_t n, bf16_pair* out) {
-  for (int64_t j = 0; j < n; j += Vec<float>::width) {
-    store_weights(Vec<float>::load(x + j), out, j);
-  }
-}
-#endif
-
-// What the packed tile of `tile_keys` keys and one block of queries give each other. `into`:
-// whether this is the first tile that the block's dq sees.
-template <class T>
-static void backward_tile(const AttentionBackward& a, const Tiling<T>& l,
-                          const BackwardMemory<T>& to, int64_t key, int64_t tile_keys,
-                          bool finite_keys, int64_t block, typename Tiling<T>::A* grad_query,
-                          Into into) {
-  using L = Tiling<T>;
-  using A = typename L::A;
-  using E = typename L::E;
-  const auto [head, b, h, query, rows] = l.query_block(a, block);
-  const int64_t n = visible_keys(a, query + rows - 1, key, tile_keys);
-  if (into == Into::kFresh) {
-    // The queries that see nothing of this tile, and so nothing of the chunk's later ones.
-    const int64_t blind = a.causal ? larger(0, smaller(rows, key - query)) : 0;
-    memset(grad_query, 0, size_t(blind * l.columns) * sizeof(A));
-  }
-  if (n == 0) return;
-
-  products<T>(a, query, rows, key, n, to.query_a + block * l.block * to.query_row, to.query_row,
-              to.keys_transposed, l.depth, to.scores);
-  products<T>(a, query, rows, key, n, to.grad_a + block * l.block * to.grad_row, to.grad_row,
-              to.values_transposed, l.value_depth, to.grad_scores);
-
-  const A* row_max = static_cast<const A*>(a.row_max) + head * a.queries + query;
-  const A* row_sum = static_cast<const A*>(a.row_sum) + head * a.queries + query;
-  const A* delta = to.delta + block * l.block;
-  const bool finite = finite_keys && to.finite_queries[block];
-  constexpr int64_t pairs = kKeyTile / L::terms;
-  for (int64_t r = 0; r < rows; r += L::terms) {
-    const int64_t end = smaller(r + L::terms, rows);
-    // The products below read up to Tile::rows beyond what a query sees.
-    const int64_t padded = smaller(n, visible_keys(a, query + end - 1, key, n) + Tile::rows + 1);
-    for (int64_t i = r; i < end; ++i) {
-      A *s = to.scores + i * kKeyTile, *dp = to.grad_scores + i * kKeyTile;
-      const int64_t visible = visible_keys(a, query + i, key, n);
-      const A factor = mask_row<T>(a, b, h, query + i, key, visible, s);
-      (finite ? gradient_row<true, A>
-              : gradient_row<false, A>)(s, dp, visible, padded, factor, row_max[i],
-                                        row_sum[i] == 0 ? A(0) : 1 / row_sum[i], delta[i]);
-      pair_columns(dp, padded, to.grad_rows + i * pairs);
-    }
-    pair_rows(to.scores + r * kKeyTile, end == r + 2, padded,
-              to.weights_pairs + r / L::terms * kKeyTile);
-    pair_rows(to.grad_scores + r * kKeyTile, end == r + 2, padded,
-              to.grad_pairs + r / L::terms * kKeyTile);
-  }
-
-  const auto add = [&](const Product<E>& x, int64_t some, int64_t columns) {
-    wide_product(x, int(some), columns / L::width, finite);
+static inline A join_sink(A sink, A* m, A* l) {
+  const auto power = [](A x) {
+    Vec<A> one[1] = {Vec<A>::all(x)};
+    exp2(one);
+    return one[0].reduce_max();
   };
-  for (int64_t j = 0; j < n; j += Tile::rows) {
-    // The queries before these keys do not see them.
-    const int64_t start = a.causal ? larger(0, key + j - query) / L::terms : 0;
-    const int64_t last = ceil_div(rows, L::terms) - 1;
-    const int64_t some = smaller(Tile::rows, n - j);
-    // Backwards, as the blocks are, and for the same reason.
-    const int64_t from = block * (l.block / L::terms) + last;
-    add({last + 1 - start, to.weights_pairs + last * kKeyTile + j, 1, -kKeyTile,
-         to.grad_b + from * l.value_columns, -l.value_columns, to.grad_value + j * l.value_columns,
-         l.value_columns, Into::kSum, nullptr},
-        some, l.value_columns);
-    add({last + 1 - start, to.grad_pairs + last * kKeyTile + j, 1, -kKeyTile,
-         to.query_b + from * l.columns, -l.columns, to.grad_key + j * l.columns, l.columns,
-         Into::kSum, nullptr},
-        some, l.columns);
+  sink *= A(kLog2e);
+  if (sink == A(-INFINITY)) return 1;
+  if (!(sink > *m)) {  // or one of them is NaN
+    *l += power(sink - *m);
+    return 1;
   }
-  for (int64_t r = 0; r < rows; r += Tile::rows) {
-    const int64_t some = smaller(Tile::rows, rows - r);
-    const int64_t seen = visible_keys(a, query + r + some - 1, key, n);
-    if (seen == 0) continue;
-    add({ceil_div(seen, L::terms), to.grad_rows + r * pairs, pairs, 1, to.keys, l.columns,
-         grad_query + r * l.columns, l.columns, into, nullptr},
-        some, l.columns);
-  }
+  const A shrink = power(*m - sink);
+  *m = sink;
+  *l = *l * shrink + 1;
+  return shrink;
 }
 
+// The results of query i, from its sum of weighted values, its maximum and its sum.
 template <class T>
-static void backward_chunk(const AttentionBackward& a, const Tiling<T>& l,
-                           const BackwardMemory<T>& to, int64_t task) {
-  using A = typename Tiling<T>::A;
-  const int64_t kv_head = task / to.chunks, chunk = task % to.chunks;
-  const int64_t b = kv_head / a.heads, h = kv_head % a.heads;
-  const int64_t group = a.query_heads / a.heads;
-  const int64_t first = (b * a.query_heads + h * group) * l.query_blocks;  // of the group's blocks
-  const int64_t block_size = l.block * l.columns;
-  A* grad_query = to.grad_query + chunk * l.all_query_blocks * block_size;
-  // Every chunks-th tile: under a causal mask, early keys have more work than late ones.
-  for (int64_t t = chunk; t < l.key_tiles; t += to.chunks) {
-    const int64_t key = t * l.tile, n = smaller(l.tile, a.keys - key);
-    const bool finite = pack_key_tile(a, to, b, h, key, n);
-    memset(to.grad_key, 0, size_t(n * l.columns) * sizeof(A));
-    memset(to.grad_value, 0, size_t(n * l.value_columns) * sizeof(A));
-    // Backwards: under a causal mask the first queries give a key its largest weights, and what is
-    // added to a large sum is rounded at its size.
-    for (int64_t block = first + group * l.query_blocks - 1; block >= first; --block) {
-      backward_tile(a, l, to, key, n, finite, block, grad_query + block * block_size,
-                    t == chunk ? Into::kFresh : Into::kSum);
-    }
-    for (int64_t j = 0; j < n; ++j) {
-      store_row(to.grad_key + j * l.columns, A(a.scale), a.head_dim,
-                at<T>(a.grad_key, b, h, key + j));
-      store_row(to.grad_value + j * l.value_columns, A(1), a.value_dim,
-                at<T>(a.grad_value, b, h, key + j));
-    }
+static void finish_row(const AttentionForward& a, int64_t b, int64_t h, int64_t i,
+                       const acc_t<T>* values, acc_t<T> m, acc_t<T> l) {
+  using A = acc_t<T>;
+  A factor = A(a.rescale);
+  if (a.sinks) factor *= join_sink(of_head<A>(a.sinks, a.sinks_batch, b, h), &m, &l);
+  factor = l == 0 ? A(0) : factor / l;
+  T* output = at<T>(a.output, b, h, i);
+  store_row(values, factor, a.value_dim, output);
+  if (sizeof(T) != sizeof(A)) {
+    store_rounding(values, factor, a.value_dim, output, at<T>(a.rounding, b, h, i));
   }
-}
-
-template <class T>
-static void sum_chunks(const AttentionBackward& a, const Tiling<T>& l, const BackwardMemory<T>& to,
-                       int64_t block) {
-  using A = typename Tiling<T>::A;
-  using V = Vec<A>;
-  const auto [head, b, h, query, rows] = l.query_block(a, block);
-  A* total = to.grad_query + block * l.block * l.columns;
-  for (int64_t chunk = 1; chunk < to.chunks; ++chunk) {
-    const A* part = total + chunk * l.all_query_blocks * l.block * l.columns;
-    for (int64_t i = 0; i < rows * l.columns; i += V::width) {
-      (V::load(total + i) + V::load(part + i)).store(total + i);
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    store_row(total + r * l.columns, A(a.scale), a.head_dim, at<T>(a.grad_query, b, h, query + r));
-  }
-}
-
-template <class T>
-static AttentionPlan plan_backward(const AttentionBackward& a) {
-  const Tiling<T> l(a, true);
-  const BackwardMemory<T> memory(a, l, nullptr, nullptr);
-  return {memory.workspace_bytes,
-          memory.scratch_bytes,
-          {l.all_query_blocks, a.batch * a.heads * memory.chunks, l.all_query_blocks}};
-}
-
-template <class T>
-static void run_backward(const AttentionBackward& a, int phase, int64_t task, void* workspace,
-                         void* scratch) {
-  const Tiling<T> l(a, true);
-  const BackwardMemory<T> memory(a, l, workspace, scratch);
-  constexpr decltype(&sum_chunks<T>) phases[] = {pack_query_block<T>, backward_chunk<T>,
-                                                 sum_chunks<T>};
-  phases[phase](a, l, memory, task);
+  const int64_t row = (b * a.query_heads + h) * a.queries + i;
+  static_cast<A*>(a.row_max)[row] = l == 0 ? A(0) : m;
+  static_cast<A*>(a.row_sum)[row] = l;
+  const double unit = scaled_products(a) ? a.scale : 1 / kLog2e;
+  const double log_sum = sizeof(A) == sizeof(float) ? double(logf(float(l))) : log(double(l));
+  static_cast<A*>(a.lse)[row] = l == 0 ? A(-INFINITY) : A(double(m) * unit + log_sum);
 }

@@ -35,28 +35,6 @@ static bool is_finite(A x) {
 
 // ---- the cap ----
 
-// y = k tanh(x / k) and dy/dx.
-template <class A>
-struct Capped {
-  Vec<A> y, slope;
-};
-
-template <class A>
-struct Cap {
-  A k;
-
-  Capped<A> operator()(Vec<A> x) const {
-    using V = Vec<A>;
-    const V two = V::all(2);
-    // e = exp(-2 |x / k|) and e - 1, each to its own last bits: near 0 and far from it nothing
-    // cancels, neither in tanh = (1 - e) / (1 + e) nor in its slope 4 e / (1 + e)^2.
-    const Exponential<A> e = exponential(V::all(-2) * abs(x / V::all(k)));
-    const V above = two + e.minus_one;  // 1 + e
-    const V tanh = (V::all(0) - e.minus_one) / above;
-    return {V::all(k) * copysign(tanh, x), V::all(4) * e.value / (above * above)};
-  }
-};
-
 // The logit y at `x`, and the cap's slope there.
 template <class T>
 static acc_t<T> logit_of(const CrossEntropy& a, const T* x, acc_t<T>* slope) {

@@ -8,7 +8,8 @@
 // the portable 4 x 2 see benchmarks/NOTES.md.
 //
 // A and B hold operands E (vec.h): float, double, or bf16_pair, two neighbours along k. Then k and
-// the strides of A and B count pairs, and C is float.
+// the strides of A and B count pairs, and C is float. B may be of another type that is widened to
+// E.
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -25,13 +26,13 @@ struct Tile {
 // What becomes of C's old contents.
 enum class Into { kFresh, kSum, kScaledSum };
 
-template <class E>
+template <class E, class B = E>
 struct Product {
   using A = decltype(term(E(), 0));
   int64_t k;
   const E* a;
   int64_t a_row, a_step;  // between rows of A, and along k
-  const E* b;
+  const B* b;
   int64_t b_step;  // between rows of B
   A* c;
   int64_t c_row;
@@ -39,8 +40,16 @@ struct Product {
   const A* factor;  // (m,) of C's old rows; for kScaledSum
 };
 
-template <class E, int kRows, int kRegisters>
-static void tile_product(const Product<E>& x) {
+// How a register of B is read.
+template <class E, class B>
+struct Widened {
+  static Vec<E> load(const B* p) { return Vec<E>::load(p); }
+};
+template <class E>
+struct Widened<E, E> : Operand<E> {};
+
+template <class E, int kRows, int kRegisters, class B>
+static void tile_product(const Product<E, B>& x) {
   using A = typename Product<E>::A;
   using V = Vec<A>;
   constexpr int width = V::width;
@@ -50,12 +59,13 @@ static void tile_product(const Product<E>& x) {
 #pragma GCC unroll 4
     for (int i = 0; i < kRegisters; ++i) c[r][i] = V::all(0);
   }
-  const E *a = x.a, *b = x.b;
+  const E* a = x.a;
+  const B* b = x.b;
   const int64_t a_row = x.a_row, a_step = x.a_step, b_step = x.b_step;
   for (int64_t k = x.k; k > 0; --k) {
     typename Operand<E>::Register row[kRegisters];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRegisters; ++i) row[i] = Operand<E>::load(b + i * width);
+    for (int i = 0; i < kRegisters; ++i) row[i] = Widened<E, B>::load(b + i * width);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const auto number = Operand<E>::all(a[r * a_row]);
@@ -77,8 +87,8 @@ static void tile_product(const Product<E>& x) {
   }
 }
 
-template <class E, int kRows>
-static inline void product_of_rows(const Product<E>& x, int registers) {
+template <class E, int kRows, class B>
+static inline void product_of_rows(const Product<E, B>& x, int registers) {
   switch (registers) {
     case 1:
       return tile_product<E, kRows, 1>(x);
@@ -94,8 +104,8 @@ static inline void product_of_rows(const Product<E>& x, int registers) {
 }
 
 // One tile of C: `rows` <= Tile::rows by `registers` <= Tile::registers.
-template <class E>
-static inline void product(const Product<E>& x, int rows, int registers) {
+template <class E, class B>
+static inline void product(const Product<E, B>& x, int rows, int registers) {
   switch (rows) {
     case 1:
       return product_of_rows<E, 1>(x, registers);
@@ -114,10 +124,18 @@ static inline void product(const Product<E>& x, int rows, int registers) {
   }
 }
 
+template <class B>
+static inline auto term_of_b(B x, int) {
+  return widen(x);
+}
+#if defined(FASTGPT_AVX512_BF16)
+static inline float term_of_b(bf16_pair x, int i) { return term(x, i); }
+#endif
+
 // Leaves out the terms in which A is zero: where B may hold infinities or NaN, 0 * B is not
 // nothing.
-template <class E>
-static void careful_product(const Product<E>& x, int rows, int64_t registers) {
+template <class E, class B>
+static void careful_product(const Product<E, B>& x, int rows, int64_t registers) {
   using A = typename Product<E>::A;
   const int64_t columns = registers * Vec<A>::width;
   for (int r = 0; r < rows; ++r) {
@@ -130,7 +148,7 @@ static void careful_product(const Product<E>& x, int rows, int64_t registers) {
       for (int i = 0; i < Operand<E>::terms; ++i) {
         const A number = term(x.a[r * x.a_row + k * x.a_step], i);
         if (number == 0) continue;
-        for (int64_t j = 0; j < columns; ++j) c[j] += number * term(x.b[k * x.b_step + j], i);
+        for (int64_t j = 0; j < columns; ++j) c[j] += number * term_of_b(x.b[k * x.b_step + j], i);
       }
     }
   }
@@ -138,8 +156,8 @@ static void careful_product(const Product<E>& x, int rows, int64_t registers) {
 
 // Up to Tile::rows rows of C and any number of registers, in strips as even as they can be: five
 // registers go as 3 + 2, not 4 + 1. `finite` promises that B is.
-template <class E>
-static inline void wide_product(Product<E> x, int rows, int64_t registers, bool finite) {
+template <class E, class B>
+static inline void wide_product(Product<E, B> x, int rows, int64_t registers, bool finite) {
   if (!finite) return careful_product(x, rows, registers);
   constexpr int width = Vec<typename Product<E>::A>::width;
   for (int64_t strips = ceil_div(registers, Tile::registers); strips > 0; --strips) {

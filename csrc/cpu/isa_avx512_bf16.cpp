@@ -35,6 +35,9 @@ namespace avx512_bf16 {
 #include "cross_entropy_columns.inl.h"
 #include "gemm.h"
 #include "attention.inl.h"
+#include "attention_forward.inl.h"
+#include "attention_decode.inl.h"
+#include "attention_backward.inl.h"
 #include "table.inl.h"
 }  // namespace avx512_bf16
 }  // namespace fastgpt

@@ -13,6 +13,9 @@ namespace scalar {
 #include "cross_entropy_columns.inl.h"
 #include "gemm.h"
 #include "attention.inl.h"
+#include "attention_forward.inl.h"
+#include "attention_decode.inl.h"
+#include "attention_backward.inl.h"
 #include "table.inl.h"
 }  // namespace scalar
 }  // namespace fastgpt

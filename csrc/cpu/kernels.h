@@ -78,13 +78,27 @@ struct AttentionMask {
   MaskKind kind;
   const void* data;
   int64_t batch, head, row, column;  // strides in elements
+  int64_t sizes[4];                  // its own, each that of the scores or 1
 };
 
 struct Attention {
   int64_t batch, query_heads, heads, queries, keys, head_dim, value_dim;
-  bool causal;  // query i looks at keys j <= i
+  // (queries,) each: the first key that a query sees and the one behind its last, which never fall
+  // from one query to the next, and the query's own place among the keys.
+  const int64_t *begin, *end, *place;
   double scale;
+  double softcap;  // 0: none
   AttentionMask mask;
+  // A number for each head, accumulator type, or null; `_batch` is the stride of a sequence.
+  const void* slopes;
+  int64_t slopes_batch;
+  const void* sinks;
+  int64_t sinks_batch;
+  // (batch,), or null: no dropout. A weight stays unless its 32 bits are less than `drop_below`,
+  // and is multiplied by `rescale`, which is 1 without dropout.
+  const int64_t* seeds;
+  uint32_t drop_below;
+  double rescale;
   Heads<const void> query, key, value;  // the storage type; query_heads is a multiple of heads
 };
 
@@ -92,25 +106,30 @@ struct AttentionForward : Attention {
   int64_t threads;       // how many there may be: decides where keys are packed, no result
   Heads<void> output;    // the storage type
   Heads<void> rounding;  // what rounding took from it, if the accumulator type is another
-  void* row_max;  // (B, query_heads, L) accumulator type: the largest score, in the kernel's units
-                  // (attention.inl.h)
-  void* row_sum;  // the same: sum_j exp(score_j - largest); both 0 for a row that sees no key
+  // (B, query_heads, L) accumulator type
+  void* lse;      // -inf for a row that sees no key
+  void* row_max;  // the largest score, in the kernel's units (attention.inl.h)
+  void* row_sum;  // sum_j exp(score_j - largest); both 0 for a row that sees no key
 };
 
 struct AttentionBackward : Attention {
   Heads<const void> grad_output, output, rounding;
+  const void* grad_lse;  // or null
   const void* row_max;
   const void* row_sum;
   Heads<void> grad_query, grad_key, grad_value;
+  void* grad_mask;   // the sizes of the mask, accumulator type, contiguous; or null
+  void* grad_sinks;  // (B, query_heads, L) accumulator type; or null
 };
 
 // What a call needs and falls into. The tasks of one phase may run in any order and at once, each
 // with a scratch of its own; the phases follow one another. What a task adds up depends on the
 // shape alone, so any number of threads gives the same bits.
+constexpr int kPhases = 4;
 struct AttentionPlan {
   int64_t workspace_bytes;  // shared by all phases
   int64_t scratch_bytes;    // of a task
-  int64_t tasks[3];         // of each phase
+  int64_t tasks[kPhases];
 };
 
 template <class Arguments>
