@@ -344,6 +344,7 @@ def test_a_stored_kernel_spills_does_not_fit_or_lacks_its_instructions(whole_rep
         "attention forward",
         "attention query gradient",
         "attention key gradient",
+        "attention mask gradient",
     ],
 )
 def test_a_path_of_some_type_is_not_compiled_ahead_of_time(whole_report, chip, path):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -101,6 +102,24 @@ def test_a_choice_is_taken_for_another_kernel_shape_or_table(device, change):
     restart()
     device.best(**change)
     assert device.measured == before + 2
+
+
+def test_calls_of_attention_that_differ_in_an_option_share_a_choice(monkeypatch):
+    from fastgpt.backends.triton import attention
+
+    keys = []
+
+    def best(name, key, chip, candidates, launch):
+        keys.append((name, key))
+        return candidates[0]
+
+    monkeypatch.setattr(attention, "INTERPRETED", False)
+    monkeypatch.setattr(autotune, "enabled", lambda: True)
+    monkeypatch.setattr(autotune, "best", best)
+    for variant in attention.VARIANTS.values():
+        call = attention._example(torch.bfloat16, 64, variant)
+        attention._tiled("forward", call, CHIP, lambda config: SimpleNamespace(run=None))
+    assert len(set(keys)) == len(keys) == len(attention.VARIANTS)
 
 
 @pytest.mark.parametrize("what", ["_device_name", "version"])

@@ -39,30 +39,14 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from fastgpt.backends.triton.functions import cap_of, capped, exp
+
 if knobs.runtime.interpret:
     from fastgpt.backends.triton import interpreter
 
     interpreter.correct()
 
 # ---- functions of a number ----
-
-
-@triton.jit
-def _exp(x, FULL: tl.constexpr):
-    """e^x of x <= 0. Below 2^-126 it is zero in float32: the other form spends more instructions.
-
-    The product with log2(e) is rounded, and its relative error grows with |x|: to 1.3e-6 at -30.
-    FULL, for float32 logits, takes whole powers of two out first (Cody and Waite, 1980).
-    """
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    if not FULL:
-        return tl.exp2(x * 1.4426950408889634)
-    # Not -inf, which would be subtracted from itself; e^-1000 is 0 all the same. NaN stays NaN.
-    x = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = (x - n * 0.693359375) + n * 2.1219444005468059e-4  # the first product is exact
-    return tl.exp2(r * 1.4426950408889634) * tl.exp2(n)
 
 
 @triton.jit
@@ -79,37 +63,6 @@ def _log1p(x):
     return tl.where(kept == 0, x, tl.log(above) * (x / tl.where(kept == 0, 1, kept)))
 
 
-@triton.jit
-def _cap(softcap, dtype: tl.constexpr):
-    """k, and -2 / k in two parts, since rounding it would bend all logits the same way."""
-    exact = tl.full((), softcap, tl.float64)
-    k = exact.to(dtype)
-    high = -2 / k
-    return k, high, (1 + exact * high.to(tl.float64) * 0.5).to(dtype) * high
-
-
-@triton.jit
-def _capped(x, cap, FULL: tl.constexpr):
-    """y = k tanh(x / k) and its derivative, from e = exp(-2 |x| / k), neither by cancellation."""
-    k, high, low = cap
-    b = tl.abs(x) * high
-    b = tl.where(b > -100, b + tl.abs(x) * low, b)  # not inf - inf
-    e = _exp(b, FULL)
-    r = 1 / (1 + e)
-    # y / x for small x / k = -b / 2
-    if x.dtype == tl.float64:
-        # (1 - e) r / (-b / 2), the b being that of the e that was rounded (Kahan).
-        ratio = tl.where(e == 1, 1, 2 * (e - 1) / tl.where(e == 1, 1, tl.log(e)) * r)
-    else:
-        z = b * b  # minimax in relative error, which is 3e-9
-        q = (3.8892522e-07 * z - 7.2511857e-06) * z + 8.3257844e-05
-        q = (q * z - 0.00084149773) * z + 0.0083326687
-        ratio = 1 + z * (q * z - 0.083333247)
-    er = e * r
-    far = k - 2 * k * er
-    return tl.where(b > -1.6, x * ratio, tl.where(x < 0, -far, far)), 4 * er * r
-
-
 # ---- a row's numbers, in scalars or in vectors of rows ----
 
 
@@ -118,7 +71,7 @@ def _logits(at, there, cap, dtype: tl.constexpr, CAPPED: tl.constexpr):
     """y, which is -inf where nothing is."""
     y = tl.load(at, mask=there, other=float("-inf")).to(dtype)
     if CAPPED:
-        y, _ = _capped(y, cap, at.dtype.element_ty == tl.float32)
+        y, _ = capped(y, cap, at.dtype.element_ty == tl.float32)
         y = tl.where(there, y, float("-inf"))
     return y
 
@@ -174,7 +127,7 @@ def _at_target(
             near = x_rows + tl.where(here, t, 0)
         y_t = tl.load(near, mask=kept, other=0).to(dtype)
         if CAPPED:
-            y_t, _ = _capped(y_t, cap, x_rows.dtype.element_ty == tl.float32)
+            y_t, _ = capped(y_t, cap, x_rows.dtype.element_ty == tl.float32)
         reference = _reference(y_t)
         if PARTIAL:
             y_t = tl.where(here, y_t, float("-inf"))
@@ -283,7 +236,7 @@ def _slopes(
         return m, _probability(B, rest, PARTIAL), g, g
     y_t = tl.load(x_at_target, mask=here, other=0).to(g.dtype)
     if CAPPED:
-        y_t, slope = _capped(y_t, cap, x_at_target.dtype.element_ty == tl.float32)
+        y_t, slope = capped(y_t, cap, x_at_target.dtype.element_ty == tl.float32)
     e_t = tl.exp(y_t - m)
     if PARTIAL:
         e_t = tl.where(here, e_t, 0)
@@ -330,8 +283,8 @@ def _gradient(
     FULL: tl.constexpr = x_at.dtype.element_ty == tl.float32
     y = tl.load(x_at, mask=there, other=0).to(dtype)
     if CAPPED:
-        y, slope = _capped(y, cap, FULL)
-    z = _exp(y - m, FULL) * at_others
+        y, slope = capped(y, cap, FULL)
+    z = exp(y - m, FULL) * at_others
     if PROBABILITIES:
         z -= uniform * _share(q_at, there, column, weights, shares, dtype, SMOOTHED)
     elif SMOOTHED:
@@ -426,7 +379,7 @@ def forward_wide(
     )
     if kept:
         x_row = logits + row * row_stride
-        cap = _cap(softcap, dtype)
+        cap = cap_of(softcap, dtype)
         y_t, reference = _at_target(
             x_row, t, here, kept, cap, dtype, CAPPED, PROBABILITIES, PARTIAL
         )
@@ -453,7 +406,7 @@ def forward_wide(
                 y = _put(y, float("-inf"), offset, t - head, start, BLOCK)  # no part of the rest
             highest = tl.maximum(m, tl.max(y, 1))
             shift = _finite(highest)
-            s = s * _exp(m - shift, FULL) + tl.sum(_exp(y - shift[:, None], FULL), 1)
+            s = s * exp(m - shift, FULL) + tl.sum(exp(y - shift[:, None], FULL), 1)
             if PROBABILITIES:
                 c = _share(
                     q_aligned + offset, there, head + offset, weights, shares, dtype, SMOOTHED
@@ -469,7 +422,7 @@ def forward_wide(
             others = tl.where(column == t, float("-inf"), y_edge)
         row_highest = tl.maximum(tl.maximum(tl.max(m, 0), tl.max(others, 0)), y_t)
         shift_row = _finite(row_highest)
-        rest = tl.sum(s * _exp(m - shift_row, FULL), 0) + tl.sum(_exp(others - shift_row, FULL), 0)
+        rest = tl.sum(s * exp(m - shift_row, FULL), 0) + tl.sum(exp(others - shift_row, FULL), 0)
         if PARTIAL:
             row_highest = shift_row
         if PROBABILITIES:
@@ -580,7 +533,7 @@ def backward_wide(
     x_at_target = x_row + t
     if at_targets is not None:
         x_at_target = at_targets + row
-    cap = _cap(softcap, dtype)
+    cap = cap_of(softcap, dtype)
     shares = _shares(hard, spread, dtype)
     slopes = _slopes(
         grad_losses, grad_stride, grad_lses, lse_stride, row_max, rests, x_at_target, A, weights,
@@ -652,14 +605,14 @@ def forward_narrow(
         targets, target_stride, rows, in_range, ignore_index, classes, PROBABILITIES, PARTIAL
     )
     x_rows = logits + rows * row_stride
-    cap = _cap(softcap, dtype)
+    cap = cap_of(softcap, dtype)
     y_t, reference = _at_target(x_rows, t, here, kept, cap, dtype, CAPPED, PROBABILITIES, PARTIAL)
     column = tl.arange(0, BLOCK)[None, :]
     there = kept[:, None] & (column < classes)
     y = _logits(x_rows[:, None] + column, there, cap, dtype, CAPPED)
     m = tl.max(y, 1)
     shift = _finite(m)
-    e = _exp(y - shift[:, None], logits.dtype.element_ty == tl.float32)
+    e = exp(y - shift[:, None], logits.dtype.element_ty == tl.float32)
     if PARTIAL:
         m = shift
     if PROBABILITIES:
@@ -734,7 +687,7 @@ def backward_narrow(
     x_at_target = x_rows + t
     if at_targets is not None:
         x_at_target = at_targets + rows
-    cap = _cap(softcap, dtype)
+    cap = cap_of(softcap, dtype)
     slopes = _slopes(
         grad_losses, grad_stride, grad_lses, lse_stride, row_max, rests, x_at_target, A, weights,
         total_weight, rows, t, here, kept, classes, hard, spread, cap,
