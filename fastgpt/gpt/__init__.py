@@ -7,7 +7,8 @@ Building a model needs only torch; data, training and sampling need `pip install
     python -m fastgpt.gpt.sample --run runs/...      write text with the result
 """
 
+from .cache import KeyValueCache
 from .config import PRESETS, GPTConfig, TrainConfig
 from .model import GPT
 
-__all__ = ["GPT", "PRESETS", "GPTConfig", "TrainConfig"]
+__all__ = ["GPT", "PRESETS", "GPTConfig", "KeyValueCache", "TrainConfig"]

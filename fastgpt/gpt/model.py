@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fastgpt
 
+from .cache import KeyValueCache
 from .config import GPTConfig
 from .errors import UsageError
 
@@ -26,8 +27,9 @@ AttentionFunction = Callable[..., Tensor]  # called like F.scaled_dot_product_at
 class CausalSelfAttention(nn.Module):
     """Each position gathers values from itself and the positions before it."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer  # which of the n_layer, in a cache
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.attention: AttentionFunction = fastgpt.scaled_dot_product_attention
@@ -35,14 +37,17 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
             for part in self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
         )
+        visible: dict[str, Any] = {"is_causal": True}
+        if cache is not None:
+            k, v, visible = cache.append(self.layer, k, v)  # (B, nh, S, hs): T and those before
         y = self.attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, **visible
         )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.resid_dropout(self.c_proj(y))
@@ -65,15 +70,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Communicate, then compute; each adds to the residual stream."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -85,14 +90,17 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    def forward(self, idx: Tensor) -> Tensor:
-        position = torch.arange(idx.shape[1], device=idx.device)
+    def forward(self, idx: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        B, T = idx.shape
+        position = torch.arange(T, device=idx.device) if cache is None else cache.begin(B, T)
         x = self.drop(self.wte(idx) + self.wpe(position))  # (B, T, C) + (T, C)
         for block in self.h:
-            x = block(x)
+            x = block(x, cache)
+        if cache is not None:
+            cache.advance(T)
         return self.ln_f(x)
 
 
@@ -123,14 +131,24 @@ class GPT(nn.Module):
         loss = loss_fn(logits.flatten(0, 1), targets.flatten())  # (B*T, V), (B*T,)
         return logits, loss
 
-    def features(self, idx: Tensor) -> Tensor:
-        """What the output layer multiplies: (B, T, C) for tokens (B, T)."""
+    def features(self, idx: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What the output layer multiplies: (B, T, C) for tokens (B, T).
+
+        With a cache (see `new_cache`) the tokens follow those that it holds, and join them.
+        """
         if idx.shape[1] > self.config.block_size:
             raise UsageError(
                 f"{idx.shape[1]} tokens do not fit the context: block_size is "
                 f"{self.config.block_size}; pass the last {self.config.block_size} of them"
             )
-        return self.transformer(idx)
+        if cache is not None and cache.config != self.config:
+            raise UsageError(f"the cache is for {cache.config}, the model is {self.config}")
+        return self.transformer(idx, cache)
+
+    def new_cache(self, batch_size: int) -> KeyValueCache:
+        """Room for the keys and values of `batch_size` sequences, for `features`."""
+        weight = self.lm_head.weight
+        return KeyValueCache(self.config, batch_size, dtype=weight.dtype, device=weight.device)
 
     def use_attention(self, attention: AttentionFunction) -> None:
         """Have every block call `attention`, not `fastgpt.scaled_dot_product_attention`."""

@@ -4,16 +4,21 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from .cache import KeyValueCache
 from .checkpoint import load_checkpoint, restore_model
 from .config import GPTConfig
 from .errors import UsageError, run_command
 from .model import GPT
 from .tokenizer import StreamDecoder, Tokenizer
 from .train import load_tokenizer, pick_device
+
+Prompts = TypeVar("Prompts", Tensor, list[Tensor])  # (B, T), or B prompts, each (its length,)
 
 
 def next_token_probabilities(
@@ -41,22 +46,28 @@ def next_token_probabilities(
 @torch.no_grad()
 def stream_tokens(
     model: GPT,
-    idx: Tensor,
+    idx: Tensor | list[Tensor],
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """Yield the tokens that continue `idx` (B, T) int64, T >= 1, one (B,) at a time.
+    """Yield the tokens that continue `idx`, one of each sequence (B,) at a time.
 
     The model sees the last block_size tokens, in eval mode; its mode is as before afterwards. Draws
     from `generator`, on the model's device, or from torch's own. Raises UsageError (a ValueError)
     for settings out of range.
+
+    idx: (B, T) int64, T >= 1, or a list of B prompts (T,) of different lengths, each of which goes
+        on as it would alone.
+    use_cache: read each token once, and keep its keys and values, until the longest sequence has
+        filled the context: from there on all positions change at every step. Without it every step
+        reads the whole context, for the same text, up to rounding.
     """
-    if idx.shape[1] == 0:
-        raise UsageError("a continuation needs at least one token to continue")
+    sequences = _sequences(idx)
     if max_new_tokens < 0:
         raise UsageError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if not temperature >= 0:
@@ -67,34 +78,72 @@ def stream_tokens(
         raise UsageError(f"top_p must be in (0, 1], got {top_p}")
     training = model.training
     model.eval()
+    cache = model.new_cache(len(sequences)) if use_cache else None
     try:
         for _ in range(max_new_tokens):
-            features = model.features(idx[:, -model.config.block_size :])  # (B, T, C)
-            logits = model.lm_head(features[:, -1])  # (B, V), of the last position only
+            if max(map(len, sequences)) > model.config.block_size:
+                cache = None
+            logits = model.lm_head(_last_features(model, sequences, cache))  # (B, V)
             prob = next_token_probabilities(logits, temperature, top_k, top_p)
             token = torch.multinomial(prob, 1, generator=generator)  # (B, 1)
-            idx = torch.cat([idx, token], dim=1)
+            sequences = [torch.cat(pair) for pair in zip(sequences, token, strict=True)]
             yield token[:, 0]
     finally:
         model.train(training)
 
 
+def _sequences(idx: Tensor | list[Tensor]) -> list[Tensor]:
+    if isinstance(idx, Tensor) and idx.dim() != 2:
+        raise UsageError(f"idx must be (B, T), or a list of (T,), got shape {tuple(idx.shape)}")
+    sequences = list(idx)
+    for i, sequence in enumerate(sequences):
+        if sequence.dim() != 1:
+            raise UsageError(f"prompt {i} must be (T,), got shape {tuple(sequence.shape)}")
+        if len(sequence) == 0:
+            raise UsageError(f"a continuation needs a token to continue, and prompt {i} has none")
+    if not sequences:
+        raise UsageError("at least one prompt is needed, got none")
+    return sequences
+
+
+def _last_features(model: GPT, sequences: list[Tensor], cache: KeyValueCache | None) -> Tensor:
+    """The features (B, C) of each sequence's last token; reads only what the cache has not."""
+    if cache is None:
+        unread = [sequence[-model.config.block_size :] for sequence in sequences]
+    else:
+        unread = [s[length:] for s, length in zip(sequences, cache.lengths, strict=True)]
+    # Padding is at the end, where causality hides it from the tokens; what the cache holds of it
+    # is cut off, and overwritten by the next tokens.
+    features = model.features(pad_sequence(unread, batch_first=True), cache)  # (B, T, C)
+    if cache is not None:
+        cache.truncate([len(sequence) for sequence in sequences])
+    last = torch.tensor([len(tokens) - 1 for tokens in unread], device=features.device)
+    return features[torch.arange(len(unread), device=features.device), last]
+
+
 def generate(
     model: GPT,
-    idx: Tensor,
+    idx: Prompts,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """`idx` (B, T) with its continuation, (B, T + max_new_tokens). See `stream_tokens`."""
+    use_cache: bool = True,
+) -> Prompts:
+    """`idx` with its continuation: (B, T + max_new_tokens) for (B, T), and a list for a list.
+
+    See `stream_tokens`.
+    """
     tokens = stream_tokens(
         model, idx, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        generator=generator,
+        generator=generator, use_cache=use_cache,
     )  # fmt: skip
-    return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
+    steps: list[Tensor] = [token[:, None] for token in tokens]  # (B, 1) each
+    if isinstance(idx, list):
+        return [torch.cat(parts) for parts in zip(idx, *steps, strict=True)]
+    return torch.cat([idx, *steps], dim=1)
 
 
 def stream_text(
