@@ -299,7 +299,7 @@ def random_mask(*shape, seed=1):
     """bool, at least one key for each query."""
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.rand(shape, generator=generator) < 0.6
-    allowed[..., 0] = True
+    allowed[..., :1] = True
     return allowed
 
 
@@ -308,44 +308,196 @@ def additive(allowed, dtype=torch.float64):
     return random_like(torch.empty(allowed.shape, dtype=dtype)).masked_fill(~allowed, -math.inf)
 
 
-def exact_attention(
-    query, key, value, upstream, *, attn_mask=None, is_causal=False, scale=None
-) -> tuple[np.ndarray, ...]:
-    """Output and the gradients of query, key and value, for 4-dimensional inputs in a wider type.
+def exact_attention(query, key, value, upstream, **options) -> tuple[np.ndarray, ...]:
+    """Output and the gradients of query, key and value, for 4-dimensional inputs in a wider type;
+    the options as in `exact_attention_options`.
+    """
+    truth = exact_attention_options(query, key, value, upstream, **options)
+    return truth.output, truth.grad_query, truth.grad_key, truth.grad_value
 
-        P = softmax(scale Q K^T + mask)    O = P V    dP = dO V^T    dS = P (dP - rowsum(P dP))
-        dQ = scale dS K                    dK = scale dS^T Q         dV = P^T dO
 
-    A mask and `is_causal` must both allow a position. Keys and values are summed over the group of
-    query heads that share them.
+class ExactAttention(NamedTuple):
+    """Of 4-dimensional inputs, as NumPy arrays of a wider type."""
+
+    output: np.ndarray
+    lse: np.ndarray
+    grad_query: np.ndarray
+    grad_key: np.ndarray
+    grad_value: np.ndarray
+    grad_mask: np.ndarray | None  # of the mask's own shape, if it is added
+    grad_sinks: np.ndarray | None
+    weights: np.ndarray  # (B, Hq, L, S), before dropout
+
+
+def exact_attention_options(
+    query, key, value, upstream, upstream_lse=None, *,
+    attn_mask=None, is_causal=False, scale=None, enable_gqa=False, causal_alignment="top_left",
+    window=None, softcap=None, alibi_slopes=None, sinks=None, cu_seqlens_q=None, cu_seqlens_k=None,
+    keep=None, dropout_p=0.0,
+) -> ExactAttention:  # fmt: skip
+    """What `scaled_dot_product_attention` and its backward give for upstream gradients of output
+    and lse, for 4-dimensional inputs in a wider type.
+
+        Y = scale Q K^T    X = softcap tanh(Y / softcap) + mask - slope |distance|
+        [P, p_sink] = softmax([X, sink])    lse = logsumexp([X, sink])    O = (R P) V
+        dP = R (dO V^T)    delta = rowsum(P dP) - dlse    dX = P (dP - delta)
+        dQ = scale dY K    dK = scale dY^T Q    dV = (R P)^T dO    dsink = -p_sink delta
+
+    R is 1 / (1 - dropout_p) where `keep` (B, Hq, L, S) says so and else 0. Keys and values are
+    summed over the group of query heads that share them, whether or not `enable_gqa` is said.
     """
     q, k, v, g = map(wide, (query, key, value, upstream))
+    kind = q.dtype.type
     (B, Hq, L, D), (H, S) = q.shape, k.shape[1:3]
     k, v = (x.repeat(Hq // H, axis=1) for x in (k, v))
-    scale = 1 / np.sqrt(q.dtype.type(D)) if scale is None else q.dtype.type(scale)
-    scores = q @ k.mT * scale
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask.double().numpy()
+    scale = 1 / np.sqrt(kind(D)) if scale is None else kind(scale)
+
+    def as_wide(x):
+        return x.detach().double().numpy().astype(q.dtype)
+
+    x = q @ k.mT * scale
+    slope = np.ones_like(x)
+    if softcap:
+        with np.errstate(over="ignore"):
+            slope = 1 / np.cosh(x / kind(softcap)) ** 2
+        x = kind(softcap) * np.tanh(x / kind(softcap))
+    seen, distance = visible(L, S, is_causal, causal_alignment, window, cu_seqlens_q, cu_seqlens_k)
+    if alibi_slopes is not None:
+        x = x - as_wide(alibi_slopes)[..., None, None] * distance
+    added = attn_mask is not None and attn_mask.dtype != torch.bool
+    if added:
+        x = x + as_wide(attn_mask)
     elif attn_mask is not None:
-        scores = np.where(attn_mask.numpy(), scores, -np.inf)
-    if is_causal:
-        scores = np.where(np.tri(L, S, dtype=bool), scores, -np.inf)
-    highest = scores.max(-1, keepdims=True)
-    p = np.exp(scores - np.where(highest == -np.inf, 0, highest))
-    total = p.sum(-1, keepdims=True)
-    p = p / np.where(total == 0, 1, total)
-    dp = g @ v.mT
-    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
+        x = np.where(attn_mask.numpy(), x, -np.inf)
+    x = np.where(seen, x, -np.inf)
+    sink = np.full((Hq,), -np.inf, q.dtype) if sinks is None else as_wide(sinks)
+    joined = np.concatenate([x, np.broadcast_to(sink[:, None, None], (B, Hq, L, 1))], -1)
+    highest = joined.max(-1, keepdims=True)
+    highest = np.where(highest == -np.inf, 0, highest)
+    powers = np.exp(joined - highest)
+    total = powers.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (highest + np.log(total))[..., 0]
+    joined_p = powers / np.where(total == 0, 1, total)
+    p, p_sink = joined_p[..., :-1], joined_p[..., -1:]
+    r = np.ones_like(p)
+    if keep is not None:
+        r = keep.numpy() * kind(1 / (1 - dropout_p) if dropout_p < 1 else 0)
+    dp = r * (g @ v.mT)
+    delta = (p * dp).sum(-1, keepdims=True)
+    if upstream_lse is not None:
+        delta = delta - as_wide(upstream_lse)[..., None]
+    dx = p * (dp - delta)
+    dy = dx * slope * scale
 
     def of_group(gradient):
         return gradient.reshape(B, H, Hq // H, S, -1).sum(2)
 
-    return (
-        p @ v,
-        ds @ k,
-        of_group(ds.mT @ q),
-        of_group(p.mT @ g),
+    return ExactAttention(
+        (r * p) @ v,
+        lse,
+        dy @ k,
+        of_group(dy.mT @ q),
+        of_group((r * p).mT @ g),
+        sum_to(dx, attn_mask.shape) if added else None,
+        None if sinks is None else sum_to(-p_sink * delta, (Hq, 1, 1)).reshape(Hq),
+        p,
     )
+
+
+def visible(
+    L, S, is_causal=False, causal_alignment="top_left", window=None,
+    cu_seqlens_q=None, cu_seqlens_k=None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(L, S) each: the keys that a query sees by their places, and how far they are from its own
+    place. One query after the other, in each document from its own begin.
+    """
+    of_queries = [0, L] if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    of_keys = [0, S] if cu_seqlens_q is None else (of_queries if cu_seqlens_k is None else
+                                                   cu_seqlens_k.tolist())  # fmt: skip
+    left, right = (-1, -1) if window is None else window
+    seen, distance = np.zeros((L, S), bool), np.zeros((L, S), int)
+    for document in range(len(of_queries) - 1):
+        first_query, behind_queries = of_queries[document : document + 2]
+        first_key, behind_keys = of_keys[document : document + 2]
+        for i in range(first_query, behind_queries):
+            if causal_alignment == "top_left":
+                place = first_key + (i - first_query)
+            else:
+                place = behind_keys - (behind_queries - i)
+            for j in range(first_key, behind_keys):
+                seen[i, j] = (
+                    (left == -1 or j >= place - left)
+                    and (right == -1 or j <= place + right)
+                    and (not is_causal or j <= place)
+                )
+                distance[i, j] = abs(place - j)
+    return seen, distance
+
+
+def sum_to(x: np.ndarray, shape) -> np.ndarray:
+    """The sum over what broadcasting `shape` to that of `x` repeats."""
+    padded = (1,) * (x.ndim - len(shape)) + tuple(shape)
+    axes = tuple(i for i, n in enumerate(padded) if n == 1)
+    return x.sum(axes, keepdims=True).reshape(shape)
+
+
+def composed_attention(
+    query, key, value, attn_mask=None, *, keep=None, dropout_p=0.0, is_causal=False, scale=None,
+    enable_gqa=False, causal_alignment="top_left", window=None, softcap=None, alibi_slopes=None,
+    sinks=None, return_lse=False, cu_seqlens_q=None, cu_seqlens_k=None,
+):  # fmt: skip
+    """`fastgpt.scaled_dot_product_attention` of (..., Hq, L, D) in torch's own functions, in which
+    torch has every derivative. `keep`: what dropout leaves.
+    """
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    L, S = query.shape[-2], key.shape[-2]
+    x = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    seen, distance = visible(L, S, is_causal, causal_alignment, window, cu_seqlens_q, cu_seqlens_k)
+    allowed = torch.from_numpy(seen).to(x.device)
+    if alibi_slopes is not None:
+        x = x - alibi_slopes[..., None, None] * torch.from_numpy(distance).to(x)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = allowed & attn_mask
+    elif attn_mask is not None:
+        x = x + attn_mask
+    x = torch.where(allowed, x, -math.inf)
+    if sinks is not None:
+        x = torch.cat([x, sinks[:, None, None].expand(*x.shape[:-1], 1).to(x)], -1)
+    empty = (x == -math.inf).all(-1, keepdim=True)
+    x = torch.where(empty, 0.0, x)
+    p = torch.where(empty, 0.0, torch.softmax(x, -1))[..., :S]
+    lse = torch.where(empty.squeeze(-1), -math.inf, torch.logsumexp(x, -1))
+    if keep is not None:
+        p = p * keep / (1 - dropout_p)
+    return (p @ value, lse) if return_lse else p @ value
+
+
+def attention_results(
+    function, inputs, upstream, upstream_lse=None, *, learn=("attn_mask", "sinks"), **options
+) -> dict[str, torch.Tensor]:
+    """By the names of `ExactAttention`: output, lse if it has an upstream gradient, and the
+    gradients of the inputs and of what is to `learn` among the options.
+    """
+    names = ("query", "key", "value")
+    leaves = {name: x.detach().requires_grad_() for name, x in zip(names, inputs, strict=True)}
+    for name in learn:
+        x = options.get(name)
+        if x is not None and x.is_floating_point():
+            leaves[name] = options.pop(name).detach().requires_grad_()
+    if upstream_lse is None:
+        outputs, upstreams = (function(**leaves, **options),), (upstream,)
+    else:
+        outputs = function(**leaves, **options, return_lse=True)
+        upstreams = upstream, upstream_lse.to(outputs[1].dtype)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), upstreams)
+    found = dict(zip(("output", "lse"), (x.detach() for x in outputs), strict=False))
+    for name, gradient in zip(leaves, gradients, strict=True):
+        found[f"grad_{name.removeprefix('attn_')}"] = gradient
+    return found
 
 
 def relative_errors(found, truth) -> list[float]:

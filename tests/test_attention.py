@@ -30,6 +30,7 @@ from oracle import (
 
 import fastgpt
 from fastgpt.ops.attention import LAUNCHERS
+from fastgpt.ops.attention_forms import UNLIMITED, Inputs, Options
 
 NAN, INF = math.nan, math.inf
 
@@ -392,9 +393,12 @@ def test_a_mask_beside_the_causal_one_is_ignored(kernel, kind):
 def launch(kernel, query, key, value, upstream, mask=None, is_causal=False, scale=0.25):
     """Output and gradients by the raw operators."""
     forward, backward = LAUNCHERS[kernel.name]
-    *inputs, upstream = kernel.placed((query, key, value, mask, upstream))
-    saved = forward(*inputs, is_causal, scale)
-    return kernel.returned((saved[0], *backward(upstream, *inputs, *saved, is_causal, scale)))
+    *tensors, upstream = kernel.placed((query, key, value, mask, upstream))
+    inputs = Inputs(*tensors, alibi_slopes=None, sinks=None, spans=None, seeds=None)
+    options = Options(UNLIMITED, 0 if is_causal else UNLIMITED, 0, scale, 0.0, 0.0)
+    output, _, *saved = forward(*inputs, *options)
+    gradients = backward(upstream, None, *inputs, output, *saved, *options, False)
+    return kernel.returned((output, *gradients[:3]))
 
 
 # ---- what a query may not look at ----

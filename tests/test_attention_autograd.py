@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt
 from fastgpt.ops.attention import LAUNCHERS
+from fastgpt.ops.attention_forms import UNLIMITED, Inputs, Options
 
 attention = fastgpt.scaled_dot_product_attention
 
@@ -240,22 +241,19 @@ def test_no_grad_or_frozen_inputs_build_a_graph(one_isa):
 
 
 def test_the_gradient_of_a_mask_is_lost(best_kernel):
-    """The kernel has none: such a call goes to eager."""
+    """In reverse and in a transform, beside the inputs and alone."""
     inputs = small()
     mask = random_like(torch.empty(3, 4, dtype=torch.float64))
-    learnt = best_kernel.placed(mask.clone().requires_grad_())
-    explanation = fastgpt.explain(attention, *best_kernel.placed(inputs), attn_mask=learnt)
-    assert explanation.backend == "eager"
-    assert f"{best_kernel.name}: a gradient of attn_mask" in str(explanation)
-    best_kernel.attention(*inputs, attn_mask=mask)
-    ours = best_kernel.on_device(attention)
     upstream = upstream_for(inputs[0], inputs[2])
     got, want = (
-        gradient_of(lambda m, f=f: f(*inputs, attn_mask=m), mask, upstream) for f in (ours, torchs)
+        gradient_of(lambda m, f=f: f(*inputs, attn_mask=m), mask, upstream)
+        for f in (best_kernel.attention, torchs)
     )
     close(got, want)
+    ours = best_kernel.on_device(attention)
     got, want = (
-        grad(lambda m, f=f: f(*inputs, attn_mask=m).pow(2).sum())(mask) for f in (ours, torchs)
+        grad(lambda *x, f=f: f(*x).pow(2).sum(), (0, 1, 2, 3))(*inputs, mask)
+        for f in (ours, torchs)
     )
     close(got, want)
 
@@ -467,31 +465,66 @@ RAW_CALLS = {
     "causal": (None, True),
     "bool": (one_query_empty()[None, None], False),
     "additive": (additive(random_mask(1, 4, 1, 4)), True),
+    "everything": (additive(random_mask(2, 1, 3, 4)), False),
 }
 
 
 @pytest.fixture(params=RAW_CALLS)
 def raw(request):
-    """Inputs of a type with grouped queries, mask, is_causal and scale."""
+    """Inputs of a type with grouped queries, and options: (Inputs, Options, whether the mask's
+    gradient is asked for).
+    """
     mask, is_causal = RAW_CALLS[request.param]
+    everything = request.param == "everything"
 
     def make(backend, dtype):
-        cast = mask if request.param != "additive" else mask.to(accumulator(dtype))
-        return *backend.placed((small(2, 4, 2, dtype=dtype), cast)), is_causal, 0.6
+        added = mask is not None and mask.dtype != torch.bool
+        wide = accumulator(dtype)
+        tensors = (
+            *small(2, 4, 2, dtype=dtype),
+            mask.to(wide) if added else mask,
+            torch.tensor([[0.1, 0.2, 0.3, 0.0]], dtype=wide) if everything else None,
+            torch.tensor([[0.5, -1.0, 2.0, 0.0]], dtype=wide) if everything else None,
+            torch.tensor([[0, 0, 1], [2, 3, 4], [1, 1, 3]]) if everything else None,
+            torch.tensor([5, -7]) if everything else None,
+        )
+        right = 0 if is_causal else UNLIMITED
+        options = Options(UNLIMITED, right, 0, 0.6, *((1.5, 0.3) if everything else (0.0, 0.0)))
+        return Inputs(*backend.placed(tensors)), options, added
 
     return make
 
 
+def raw_backward(kernel, upstream, upstream_lse, inputs, saved, options, of_mask):
+    output, _, *statistics = saved
+    arguments = upstream, upstream_lse, *inputs, output, *statistics, *options, of_mask
+    return LAUNCHERS[kernel.name].backward(*arguments)
+
+
+def differentiable(inputs):
+    """Those of a call of the raw operators that have a gradient, as leaves of a graph."""
+    return inputs._replace(
+        **{
+            name: x.clone().requires_grad_()
+            for name, x in inputs._asdict().items()
+            if x is not None and x.is_floating_point() and name != "alibi_slopes"
+        }
+    )
+
+
+@pytest.mark.interpreted(raw=["everything"])
 def test_opcheck_finds_fault_with_a_raw_operator(best_kernel, raw):
-    inputs, *options = raw(best_kernel, torch.float32)
+    inputs, options, of_mask = raw(best_kernel, torch.float32)
     forward, backward = LAUNCHERS[best_kernel.name]
     saved = forward(*inputs, *options)
-    upstream = random_like(saved[0]).requires_grad_()
-    inputs = leaves(inputs)
+    upstream, upstream_lse = (random_like(x).requires_grad_() for x in saved[:2])
+    inputs = differentiable(inputs)
     torch.library.opcheck(forward, (*inputs, *options), test_utils=OPCHECKS)
+    output, _, *statistics = saved
+    h = upstream_lse if of_mask else None
     torch.library.opcheck(
         backward,
-        (upstream, *inputs, options[0], *saved, *options[1:]),
+        (upstream, h, *inputs, output, *statistics, *options, of_mask),
         test_utils=OPCHECKS,
     )
 
@@ -500,87 +533,141 @@ def test_opcheck_finds_fault_with_a_raw_operator(best_kernel, raw):
 @pytest.mark.parametrize("layout", ["contiguous", "(B, L, H, D)"])
 def test_a_fake_kernel_promises_another_layout(best_kernel, raw, layout, dtype):
     """Shapes, types and strides, which compiled code relies on."""
-    inputs, *options = raw(best_kernel, dtype)
-    forward, backward = LAUNCHERS[best_kernel.name]
+    inputs, options, of_mask = raw(best_kernel, dtype)
+    forward = LAUNCHERS[best_kernel.name].forward
     if layout != "contiguous":
-        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+        heads = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3])
+        inputs = Inputs(*heads, *inputs[3:])
 
-    def both(*inputs):
+    def both(inputs):
         saved = forward(*inputs, *options)
-        upstream = torch.ones_like(saved[0])
-        return *saved, *backward(upstream, *inputs, options[0], *saved, *options[1:])
+        upstream, upstream_lse = (torch.ones_like(x) for x in saved[:2])
+        return *saved, *raw_backward(
+            best_kernel, upstream, upstream_lse, inputs, saved, options, of_mask
+        )
 
-    real = both(*inputs)
+    real = both(inputs)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = both(*map(mode.from_tensor, inputs))
+        fake = both(Inputs(*(None if x is None else mode.from_tensor(x) for x in inputs)))
     for got, promised in zip(real, fake, strict=True):
         assert got.shape == promised.shape
         assert got.stride() == promised.stride()
         assert got.dtype == promised.dtype
-    statistics = [accumulator(dtype)] * 2
-    assert [x.dtype for x in real] == [dtype, dtype, *statistics, dtype, dtype, dtype]
-    assert real[1].shape == (*real[0].shape[:3], real[0].shape[3] * (dtype != accumulator(dtype)))
-    assert real[2].shape == real[3].shape == (2, 4, 3)
+    wide = accumulator(dtype)
+    assert [x.dtype for x in real[:5]] == [dtype, wide, dtype, wide, wide]
+    assert [x.dtype for x in real[5:]] == [dtype, dtype, dtype, wide, wide]
+    assert real[1].shape == real[3].shape == real[4].shape == (2, 4, 3)
+    assert real[2].shape == (*real[0].shape[:3], real[0].shape[3] * (dtype != wide))
+    assert real[8].shape == (inputs.attn_mask.shape if of_mask else (2, 0))
+    assert real[9].shape == ((2, 4, 3) if inputs.sinks is not None else (2, 0, 0))
 
 
+@pytest.mark.interpreted(raw=["everything"])
 def test_a_raw_operators_own_gradient_is_wrong(kernel, raw):
-    inputs, mask, is_causal, scale = raw(kernel, torch.float64)
-    options = (mask, is_causal, scale)
-    forward, backward = LAUNCHERS[kernel.name]
-    assert [x.requires_grad for x in forward(*leaves(inputs), *options)] == [
-        True,
-        False,
-        False,
-        False,
-    ]
+    inputs, options, of_mask = raw(kernel, torch.float64)
+    forward = LAUNCHERS[kernel.name].forward
+    leaves_of = differentiable(inputs)
+    outputs = forward(*leaves_of, *options)
+    assert [x.requires_grad for x in outputs] == [True, True, False, False, False]
+    names = [k for k, x in leaves_of._asdict().items() if x is not None and x.requires_grad]
+    learnt = [getattr(leaves_of, k) for k in names]
+
+    def with_values(values):
+        return inputs._replace(**dict(zip(names, values, strict=True)))
+
+    def finite(lse):
+        return lse.masked_fill(lse == -torch.inf, 0)
+
+    def both(*values):
+        output, lse, *_ = forward(*with_values(values), *options)
+        return output, finite(lse)
+
     fast = kernel.interpreted
-    assert torch.autograd.gradcheck(
-        lambda *x: forward(*x, *options)[0], leaves(inputs), fast_mode=fast
-    )
+    assert torch.autograd.gradcheck(both, learnt, fast_mode=fast)
 
-    def gradients(upstream, *inputs):
-        saved = forward(*inputs, *options)
-        return backward(upstream, *inputs, mask, *saved, is_causal, scale)
+    def gradients(upstream, upstream_lse, *values):
+        x = with_values(values)
+        saved = forward(*x, *options)
+        found = raw_backward(kernel, upstream, upstream_lse, x, saved, options, of_mask)
+        return [x for x in found if x.numel()]
 
-    upstream = upstream_for(inputs[0], inputs[2])
-    assert torch.autograd.gradcheck(gradients, leaves((upstream, *inputs)), fast_mode=fast)
+    upstream = [random_like(x).requires_grad_() for x in outputs[:2]]
+    assert torch.autograd.gradcheck(gradients, (*upstream, *learnt), fast_mode=fast)
 
 
 def test_a_raw_operator_accepts_what_its_kernel_cannot_read(best_kernel):
+    """Each argument of a wrong shape or type, in either direction."""
     forward, backward = LAUNCHERS[best_kernel.name]
-    inputs = random_qkv(2, 4, 2, dtype=torch.float32)
-    query, key, value, mask = best_kernel.placed((*inputs, random_mask(5, 7)[None, None]))
-    saved = forward(query, key, value, mask, False, 1.0)
-    bad_forward = {
-        "dimensions": (query[0], key[0], value[0], None),
-        "batch": (query[:1], key, value, None),
-        "heads": (query[:, :3], key, value, None),
-        "value heads": (query, key, value[:, :1], None),
-        "head_dim": (query[..., :5], key, value, None),
-        "lengths": (query, key, value[:, :, :5], None),
-        "types": (query, key.double(), value, None),
-        "integers": (query.int(), key.int(), value.int(), None),
-        "mask's shape": (query, key, value, mask[..., :5]),
-        "mask's dimensions": (query, key, value, mask[0]),
-        "mask's type": (query, key, value, mask.long()),
+    tensors = random_qkv(2, 4, 2, dtype=torch.float32)
+    tensors += [random_mask(5, 7)[None, None], torch.zeros(1, 4), torch.zeros(2, 4)]
+    tensors += [torch.tensor([[0] * 5, [7] * 5, [0, 1, 2, 3, 4]]), torch.tensor([1, 2])]
+    good = Inputs(*best_kernel.placed(tensors))
+    query, key, value, mask, slopes, sinks, spans, seeds = good
+    options = Options(UNLIMITED, UNLIMITED, 0, 1.0, 0.0, 0.5)
+    saved = forward(*good, *options)
+    bad = {
+        "dimensions": {"query": query[0], "key": key[0], "value": value[0]},
+        "batch": {"query": query[:1]},
+        "heads": {"query": query[:, :3]},
+        "value heads": {"value": value[:, :1]},
+        "head_dim": {"query": query[..., :5]},
+        "lengths": {"value": value[:, :, :5]},
+        "types": {"key": key.double()},
+        "integers": {"query": query.int(), "key": key.int(), "value": value.int()},
+        "mask's shape": {"attn_mask": mask[..., :5]},
+        "mask's dimensions": {"attn_mask": mask[0]},
+        "mask's type": {"attn_mask": mask.long()},
+        "slopes' shape": {"alibi_slopes": slopes[:, :3]},
+        "slopes' dimensions": {"alibi_slopes": slopes[0]},
+        "slopes' type": {"alibi_slopes": slopes.double()},
+        "sinks' shape": {"sinks": sinks[:, :2]},
+        "sinks' batch": {"sinks": torch.cat([sinks, sinks])},
+        "sinks' type": {"sinks": sinks.bfloat16()},
+        "spans' shape": {"spans": spans[:, :4]},
+        "spans' rows": {"spans": spans[:2]},
+        "spans' type": {"spans": spans.int()},
+        "seeds' shape": {"seeds": seeds[:1]},
+        "seeds' type": {"seeds": seeds.int()},
     }
-    for arguments in bad_forward.values():
-        with pytest.raises(RuntimeError):
-            forward(*arguments, False, 1.0)
-    upstream = random_like(saved[0])
-    good = [upstream, query, key, value, mask, *saved]
-    backward(*good, False, 1.0)
+    accepted = [
+        name
+        for name, wrong in bad.items()
+        if not refused(forward, *good._replace(**wrong), *options)
+    ]
+    assert not accepted
+    output, lse, *statistics = saved
+    upstream, upstream_lse = random_like(output), random_like(lse)
+    arguments = [upstream, upstream_lse, *good, output, *statistics]
+    backward(*arguments, *options, False)
     bad_backward = {
         "upstream's shape": (0, upstream[:, :, :3]),
         "upstream's type": (0, upstream.double()),
-        "output's shape": (5, saved[0][..., :3]),
-        "statistics' shape": (6, saved[1][:, :2]),
-        "statistics' type": (7, saved[2].double()),
-        "mask's shape": (4, mask[..., :5]),
+        "lse's upstream's shape": (1, upstream_lse[:, :, :3]),
+        "lse's upstream's type": (1, upstream_lse.double()),
+        "mask's shape": (5, mask[..., :5]),
+        "sinks' shape": (7, sinks[:, :2]),
+        "spans' shape": (8, spans[:, :4]),
+        "seeds' shape": (9, seeds[:1]),
+        "output's shape": (10, output[..., :3]),
+        "statistics' shape": (12, statistics[1][:, :2]),
+        "statistics' type": (13, statistics[2].double()),
     }
-    for place, wrong in bad_backward.values():
-        with pytest.raises(RuntimeError):
-            backward(*good[:place], wrong, *good[place + 1 :], False, 1.0)
+    accepted = [
+        name
+        for name, (place, wrong) in bad_backward.items()
+        if not refused(
+            backward, *arguments[:place], wrong, *arguments[place + 1 :], *options, False
+        )
+    ]
+    assert not accepted
+
+
+def refused(operator, *arguments) -> bool:
+    try:
+        operator(*arguments)
+    except RuntimeError:
+        return True
+    return False
 
 
 # ---- torch.compile ----
