@@ -79,9 +79,10 @@ double product_of(int64_t m, int64_t n, int64_t k, int64_t repeats) {
     for (int64_t column = 0; column < n; column += panel) {
       for (int64_t row = 0; row < m; row += Tile::rows) {
         const int rows = int(m - row < Tile::rows ? m - row : Tile::rows);
-        product<E>({steps, a + row * steps, steps, 1, b + column * steps, panel,
-                    c + row * n + column, n, Into::kFresh, nullptr},
-                   rows, Tile::registers);
+        const Product<E> x{
+            steps, a + row * steps, steps,  1, b + column * steps, panel, c + row * n + column,
+            n,     Into::kFresh,    nullptr};
+        product(x, rows, Tile::registers);
       }
     }
     asm volatile("" : : "r"(c) : "memory");  // every repeat counts

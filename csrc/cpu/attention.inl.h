@@ -246,11 +246,11 @@ static inline int64_t align_down(int64_t column) {
 
 // The 32 bits of a weight, as fastgpt/ops/dropout.py defines them: two words for a row of weights,
 // and a hash of the key's number between them.
-struct Row {
+struct DropoutRow {
   uint32_t before, between;
 };
 
-static Row dropout_row(const Attention& a, int64_t b, int64_t h, int64_t i) {
+static DropoutRow dropout_row(const Attention& a, int64_t b, int64_t h, int64_t i) {
   const uint64_t seed = uint64_t(a.seeds[b]);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   uint32_t c0 = uint32_t(i), c1 = uint32_t(h), c2 = 0, c3 = 0;
@@ -268,7 +268,8 @@ static Row dropout_row(const Attention& a, int64_t b, int64_t h, int64_t i) {
 
 // 1 or 0 for the n weights of the keys from `key` on; up to 15 more are written.
 template <class A>
-static void dropout_factors(const Row& row, uint32_t drop_below, int64_t key, int64_t n, A* kept) {
+static void dropout_factors(const DropoutRow& row, uint32_t drop_below, int64_t key, int64_t n,
+                            A* kept) {
   typedef uint32_t Words __attribute__((vector_size(64)));
   const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int64_t j = 0; j < n; j += 16) {
@@ -396,8 +397,8 @@ static void form_scores(const Attention& a, int64_t b, int64_t h, int64_t i, int
   }
 }
 
-// Makes scores of one row's products, whose factor is `factor`, as far as the query sees; fills the
-// registers that they begin and end in with what the softmax makes 0 of.
+// Makes scores of one row's products as far as the query sees, unless the factor does; fills the
+// registers that they begin and end in with what the softmax makes 0 of. `scaled`: scaled_products.
 template <class T>
 static inline void score_row(const Attention& a, bool scaled, int64_t b, int64_t h, int64_t i,
                              int64_t key, Range seen, acc_t<T>* s, acc_t<T>* slope) {

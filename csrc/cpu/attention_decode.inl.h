@@ -17,11 +17,13 @@ struct DecodeMemory {
   using L = Tiling<T>;
   using A = typename L::A;
   using E = typename L::E;
-  // Values that are multiplied at once: they stay in the first cache, with the sums.
-  static constexpr int64_t value_rows = 32;
+  // Bytes of values that are multiplied at once: a register tile walks them down for each of its
+  // columns, and only the first walk should wait for memory.
+  static constexpr int64_t value_bytes = 8192;
 
-  int64_t queries;    // of all heads that share a key
-  int64_t key_tiles;  // of a head
+  int64_t queries;     // of all heads that share a key
+  int64_t key_tiles;   // of a head
+  int64_t value_rows;  // that are multiplied at once
   // Of a tile and a query: the sum of weighted values, its maximum and its sum.
   A *output, *row_max, *row_sum;
   // Of a task: the queries; a panel of keys; some values, if they must be converted; scores and
@@ -35,6 +37,7 @@ struct DecodeMemory {
     Carver shared(workspace), own(scratch);
     queries = a.query_heads / a.heads * a.queries;
     key_tiles = ceil_div(a.keys, kKeyTile);
+    value_rows = larger(4, value_bytes / (l.value_columns * int64_t(sizeof(T))));
     const int64_t partial = a.batch * a.heads * key_tiles * queries;
     output = shared.take<A>(partial * l.value_columns);
     row_max = shared.take<A>(partial);
