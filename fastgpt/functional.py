@@ -607,7 +607,7 @@ def _check_attention(
     if is_causal:
         limits = limits[0], 0
     return AttentionCall(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        query, key, value, attn_mask, dropout_p, scale, enable_gqa,
         bottom_right, limits, softcap, alibi_slopes, sinks, return_lse, cu_seqlens, scores,
     )  # fmt: skip
 

@@ -38,7 +38,6 @@ class AttentionCall(NamedTuple):
     value: Tensor  # (..., H, S, Dv)
     attn_mask: Tensor | None  # broadcastable with (..., Hq, L, S), bool or floating
     dropout_p: float
-    is_causal: bool
     scale: float | None
     enable_gqa: bool
     bottom_right: bool

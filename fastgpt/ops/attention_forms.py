@@ -208,6 +208,12 @@ class Problem:
         p_sink = None if x.p_sink is None else x.p_sink * (sink - lse)
         return x.p * (moved - lse), p_sink, lse
 
+    def weight_gradient(self, x: _Rows, g_rows: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """D and delta of some queries, for their rows of g and all of h, which may be None."""
+        D = times(outer(g_rows, self.v), x.kept)
+        delta = (x.p * D).sum(-1, keepdim=True)
+        return D, delta if h is None else delta - take(h, x.rows).unsqueeze(-1)
+
 
 # Elements of the scores that are in memory at once, or one query's if that is more.
 _CHUNK = 1 << 18
@@ -326,24 +332,21 @@ def backward_tangents(
         y_tangent = problem.product_tangent(x, dq, dk)
         moved = problem.score_tangent(x, y_tangent, tangents.attn_mask)
         p_tangent, p_sink_tangent, _ = problem.weight_tangents(x, moved, tangents.sinks)
-        D = times(outer(g_rows, problem.v), x.kept)
+        D, delta = problem.weight_gradient(x, g_rows, h)
         D_tangent: Tensor | float = 0.0
         if dg is not None:
             D_tangent = D_tangent + outer(take(dg, x.rows), problem.v)
         if dv is not None:
             D_tangent = D_tangent + outer(g_rows, dv)
         D_tangent = times(D_tangent, x.kept)
-        delta = (x.p * D).sum(-1, keepdim=True)
         delta_tangent = (p_tangent * D + x.p * D_tangent).sum(-1, keepdim=True)
-        if h is not None:
-            delta = delta - take(h, x.rows).unsqueeze(-1)
         if dh is not None:
             delta_tangent = delta_tangent - take(dh, x.rows).unsqueeze(-1)
         ds = x.p * (D - delta)
         ds_tangent = p_tangent * (D - delta) + x.p * (D_tangent - delta_tangent)
         if mask is not None:
             mask.add(ds_tangent)
-        if x.p_sink is not None:
+        if x.p_sink is not None and p_sink_tangent is not None:
             sinks.append(-(p_sink_tangent * delta + x.p_sink * delta_tangent))
         dy, dy_tangent = times(ds, x.slope), times(ds_tangent, x.slope)
         if x.bend is not None:
@@ -410,10 +413,7 @@ def second_order(
     mask = _MaskGradient(problem, inputs.attn_mask) if wants_mask else None  # type: ignore[arg-type]
     for x in problem.chunks():
         g_rows = take(g, x.rows)
-        D = times(outer(g_rows, problem.v), x.kept)
-        delta = (x.p * D).sum(-1, keepdim=True)
-        if h is not None:
-            delta = delta - take(h, x.rows).unsqueeze(-1)
+        D, delta = problem.weight_gradient(x, g_rows, h)
         T = problem.product_tangent(x, a, b)
         t = problem.score_tangent(x, T, e)
         mean = (x.p * t).sum(-1, keepdim=True)

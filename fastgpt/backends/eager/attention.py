@@ -36,8 +36,10 @@ def scaled_dot_product_attention(call: AttentionCall, seed: Tensor | None) -> An
     scores = q @ k.transpose(-2, -1) * scale
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    hidden, distance = positions(call, *scores.shape[-2:])
+    L, S = scores.shape[-2:]
+    hidden, place = positions(call, L, S)
     if call.alibi_slopes is not None:
+        distance = (place - torch.arange(S, device=place.device)).abs()
         scores = scores - _by_head(call.alibi_slopes.to(work), scores) * distance
     if call.attn_mask is not None and call.attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~call.attn_mask, -math.inf)
@@ -45,7 +47,6 @@ def scaled_dot_product_attention(call: AttentionCall, seed: Tensor | None) -> An
         scores = scores + call.attn_mask.to(work)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
-    L, S = scores.shape[-2:]
     if call.sinks is not None:  # a key that takes its share of the weight and has no value
         sink = _by_head(call.sinks.to(work), scores).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], -1)
@@ -70,30 +71,29 @@ def scaled_dot_product_attention(call: AttentionCall, seed: Tensor | None) -> An
 
 
 def positions(call: AttentionCall, L: int, S: int) -> tuple[Tensor | None, Tensor]:
-    """Which keys a query's place hides from it, (L, S) bool or None; and how far they are, (L, S).
+    """Which keys a query's place hides from it, (L, S) bool or None; and that place, (L, 1).
 
     Query i of a document stands at its key i, or so that the last query stands at the last key.
     """
     device = call.query.device
     i, j = torch.arange(L, device=device).unsqueeze(1), torch.arange(S, device=device)
     place = i + (S - L if call.bottom_right else 0)
-    other = None
+    hidden = None
     if call.cu_seqlens is not None:
         cu_q, cu_k = (x.to(torch.int64) for x in call.cu_seqlens)
         q_document, k_document = (
             torch.bucketize(x, cu[1:].contiguous(), right=True) for x, cu in ((i, cu_q), (j, cu_k))
         )
-        other = (q_document != k_document) | (i >= cu_q[-1]) | (j >= cu_k[-1])
+        hidden = (q_document != k_document) | (i >= cu_q[-1]) | (j >= cu_k[-1])
         edge = 1 if call.bottom_right else 0  # the end of a document, or its begin
         q_document = q_document.clamp(max=cu_q.shape[0] - 2)  # behind the last one is none
         place = i - cu_q[q_document + edge] + cu_k[q_document + edge]
     left, right = call.window
-    hidden = other
     if right < L + S:  # a place may be before the first key
         hidden = _either(hidden, j > place + right)
     if left < L + S:
         hidden = _either(hidden, j < place - left)
-    return hidden, (place - j).abs()
+    return hidden, place
 
 
 def _by_head(x: Tensor, scores: Tensor) -> Tensor:
