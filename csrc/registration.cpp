@@ -440,6 +440,222 @@ Tensor cross_entropy_reduced_backward_cpu(Tensor grad_loss, Tensor logits, Tenso
   return gradient;
 }
 
+// ---- kernels in phases ----
+
+// The memory of a call, and the threads that share it.
+template <class Arguments>
+class Phases {
+ public:
+  // `work`: multiply-adds. `like`: a tensor of the device.
+  Phases(const PhasedKernel<Arguments>& kernel, const Arguments& a, double work, const Tensor& like)
+      : kernel_(kernel),
+        plan_(kernel.plan(a)),
+        threads_(
+            int64_t(std::min<double>(torch::stable::get_num_threads(), 1 + work / kWorthAThread))),
+        memory_(torch::stable::new_empty(like, {bytes()}, ScalarType::Byte)) {
+    advise_huge_pages(memory_);
+  }
+
+  const Plan& plan() const { return plan_; }
+
+  // One phase after another, the tasks of a phase by whichever thread is free: they differ in
+  // length.
+  void run(const Arguments& a) {
+    const int64_t base = lines(reinterpret_cast<intptr_t>(memory_.mutable_data_ptr()));
+    const auto at = [&](int64_t offset) { return reinterpret_cast<void*>(base + offset); };
+    const int64_t workspace = lines(plan_.workspace_bytes), scratch = lines(plan_.scratch_bytes);
+    for (int phase = 0; phase < kPhases; ++phase) {
+      const int64_t tasks = plan_.tasks[phase];
+      std::atomic<int64_t> next_task{0}, next_scratch{0};
+      torch::stable::parallel_for(0, std::min(threads_, tasks), 1, [&](int64_t, int64_t) {
+        void* own = at(workspace + scratch * next_scratch++);
+        for (int64_t task; (task = next_task++) < tasks;) kernel_.run(a, phase, task, at(0), own);
+      });
+    }
+  }
+
+ private:
+  // Waking a thread costs as much as so many multiply-adds.
+  static constexpr double kWorthAThread = 1 << 20;
+  static constexpr int64_t kLine = 64;
+  static int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+  int64_t bytes() const {
+    return lines(plan_.workspace_bytes) + threads_ * lines(plan_.scratch_bytes) + kLine;
+  }
+
+  PhasedKernel<Arguments> kernel_;
+  Plan plan_;
+  int64_t threads_;
+  Tensor memory_;
+};
+
+// ---- linear cross-entropy ----
+
+Tensor with_unit_rows(const Tensor& x) {
+  return x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+struct LinearCrossEntropyOptions {
+  int64_t ignore_index;
+  double hard, spread, softcap;
+  bool partial;
+};
+
+// The tensors of a call, checked, and held for as long as the kernels' pointers are used.
+struct LinearCrossEntropyTensors {
+  Tensor input, matrix, target;
+  std::optional<Tensor> bias, weight;
+  DType dtype;
+  int64_t rows, classes;
+  std::vector<int64_t> kept;  // the rows that are not ignored
+
+  LinearCrossEntropyTensors(const Tensor& input_in, const Tensor& matrix_in,
+                            const std::optional<Tensor>& bias_in, const Tensor& target_in,
+                            const std::optional<Tensor>& weight_in,
+                            const LinearCrossEntropyOptions& options)
+      : input(input_in), matrix(matrix_in), target(target_in), bias(bias_in), weight(weight_in) {
+    STD_TORCH_CHECK(input.dim() == 2 && matrix.dim() == 2 && input.size(1) == matrix.size(1) &&
+                        matrix.numel() > 0,
+                    "expected input (N, D) and linear_weight (C, D) with C > 0 and D > 0");
+    STD_TORCH_CHECK(input.scalar_type() == matrix.scalar_type(),
+                    "expected input and linear_weight of one type");
+    dtype = dtype_of(input);
+    rows = input.size(0), classes = matrix.size(0);
+    const ScalarType accumulator = accumulator_of(dtype);
+    const auto check_vector = [&](std::optional<Tensor>& x, ScalarType type, const char* what) {
+      if (!x.has_value()) return;
+      STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == classes && x->scalar_type() == type,
+                      "expected ", what);
+      *x = torch::stable::contiguous(*x);
+    };
+    check_vector(bias, input.scalar_type(), "linear_bias (C,) of the type of input");
+    check_vector(weight, accumulator, "weight (C,) in the accumulator type");
+    input = with_unit_rows(input);
+    matrix = with_unit_rows(matrix);
+    if (target.scalar_type() == ScalarType::Long) {
+      STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == rows, "expected target (N,)");
+      if (!options.partial) check_targets(target, classes, options.ignore_index);
+      target = torch::stable::contiguous(target);
+      for_each_target(target, [&](int64_t row, int64_t t) {
+        if (t != options.ignore_index) kept.push_back(row);
+      });
+    } else {
+      STD_TORCH_CHECK(
+          target.dim() == 2 && target.size(0) == rows && target.size(1) == classes &&
+              (target.scalar_type() == input.scalar_type() || target.scalar_type() == accumulator),
+          "expected probabilities (N, C) of input's or the accumulator type");
+      for (int64_t row = 0; row < rows; ++row) kept.push_back(row);
+    }
+  }
+
+  LinearCrossEntropy arguments(const LinearCrossEntropyOptions& options) const {
+    LinearCrossEntropy a{};
+    a.positions = 1;
+    a.classes = classes;
+    if (target.scalar_type() == ScalarType::Long) {
+      a.target = static_cast<const int64_t*>(target.const_data_ptr());
+      a.target_outer = 1;
+    } else {
+      a.probabilities = target.const_data_ptr();
+      a.probability_at = places_of(target);
+      a.probabilities_wide = target.scalar_type() != input.scalar_type();
+    }
+    a.ignore_index = options.ignore_index;
+    a.partial = options.partial;
+    if (weight.has_value()) a.weight = weight->const_data_ptr();
+    if (options.spread != 0) {
+      a.total_weight = weight.has_value() ? sum_of(*weight) : double(classes);
+    }
+    a.hard = options.hard, a.spread = options.spread, a.softcap = options.softcap;
+    a.rows = int64_t(kept.size());
+    a.depth = input.size(1);
+    a.row_of = kept.data();
+    a.input = input.const_data_ptr();
+    a.input_row = input.stride(0);
+    a.matrix = matrix.const_data_ptr();
+    a.matrix_row = matrix.stride(0);
+    if (bias.has_value()) a.bias = bias->const_data_ptr();
+    return a;
+  }
+
+  // (N,) for loss or lse, 0 where a row is ignored.
+  Tensor per_row(const LinearCrossEntropyOptions& options) const {
+    Tensor x = torch::stable::new_empty(
+        input, {rows}, options.partial ? ScalarType::Double : accumulator_of(dtype));
+    if (int64_t(kept.size()) < rows) torch::stable::zero_(x);
+    return x;
+  }
+
+  void run(LinearCrossEntropy& a) const {
+    if (a.rows == 0) return;
+    const double work = double(a.rows) * double(a.classes) * double(a.depth);
+    Phases<LinearCrossEntropy> phases(active_kernels().linear_cross_entropy[dtype], a,
+                                      (a.backward ? 3 : 1) * work, input);
+    const int64_t step = phases.plan().chunk_rows;
+    for (a.first_row = 0; a.first_row < a.rows; a.first_row += step) {
+      a.chunk_rows = std::min(step, a.rows - a.first_row);
+      phases.run(a);
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor> linear_cross_entropy_forward_cpu(
+    Tensor input, Tensor linear_weight, std::optional<Tensor> linear_bias, Tensor target,
+    std::optional<Tensor> weight, int64_t ignore_index, double hard, double spread, double softcap,
+    bool partial) {
+  const LinearCrossEntropyOptions options{ignore_index, hard, spread, softcap, partial};
+  const LinearCrossEntropyTensors tensors(input, linear_weight, linear_bias, target, weight,
+                                          options);
+  Tensor loss = tensors.per_row(options), lse = tensors.per_row(options);
+  LinearCrossEntropy a = tensors.arguments(options);
+  a.loss = loss.mutable_data_ptr();
+  a.lse = lse.mutable_data_ptr();
+  tensors.run(a);
+  return {loss, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
+    Tensor grad_loss, std::optional<Tensor> grad_lse, std::optional<Tensor> grad_square,
+    Tensor input, Tensor linear_weight, std::optional<Tensor> linear_bias, Tensor target,
+    std::optional<Tensor> weight, int64_t ignore_index, double hard, double spread, double softcap,
+    bool partial, double filter_eps, bool of_input, bool of_weight, bool of_bias) {
+  const LinearCrossEntropyOptions options{ignore_index, hard, spread, softcap, partial};
+  const LinearCrossEntropyTensors tensors(input, linear_weight, linear_bias, target, weight,
+                                          options);
+  const ScalarType accumulator = accumulator_of(tensors.dtype);
+  const auto upstream = [&](const Tensor& g) {
+    STD_TORCH_CHECK(g.dim() == 1 && g.size(0) == tensors.rows && g.scalar_type() == accumulator,
+                    "expected grad_loss, grad_lse and grad_square (N,) in the accumulator type");
+    return upstream_of(g);
+  };
+  LinearCrossEntropy a = tensors.arguments(options);
+  a.backward = true;
+  a.filter_eps = filter_eps;
+  a.grad_loss = upstream(grad_loss);
+  if (grad_lse.has_value()) a.grad_lse = upstream(*grad_lse);
+  if (grad_square.has_value()) a.grad_square = upstream(*grad_square);
+  Tensor loss = tensors.per_row(options), lse = tensors.per_row(options);
+  a.loss = loss.mutable_data_ptr();
+  a.lse = lse.mutable_data_ptr();
+  const int64_t depth = a.depth, classes = a.classes;
+  // Whole only if there are rows, and each of them is one that counts.
+  const auto gradient = [&](bool wanted, const std::vector<int64_t>& sizes, bool whole) {
+    if (!wanted) return torch::stable::new_empty(input, {0}, accumulator);
+    Tensor x = torch::stable::new_empty(input, sizes, accumulator);
+    advise_huge_pages(x);
+    if (!whole) torch::stable::zero_(x);
+    return x;
+  };
+  Tensor grad_input = gradient(of_input, {tensors.rows, depth}, a.rows == tensors.rows);
+  Tensor grad_weight = gradient(of_weight, {classes, depth}, a.rows > 0);
+  Tensor grad_bias = gradient(of_bias, {classes}, a.rows > 0);
+  if (of_input) a.grad_input = grad_input.mutable_data_ptr();
+  if (of_weight) a.grad_matrix = grad_weight.mutable_data_ptr();
+  if (of_bias) a.grad_bias = grad_bias.mutable_data_ptr();
+  tensors.run(a);
+  return {loss, lse, grad_input, grad_weight, grad_bias};
+}
+
 // ---- attention ----
 
 // The kernels read rows of unit stride. vmap, transposes and expanded upstream gradients bring
@@ -603,36 +819,11 @@ struct AttentionTensors {
   }
 };
 
-// One phase after another, the tasks of a phase by whichever thread is free: under a causal mask
-// they differ in length.
 template <class Arguments>
-void run_attention(const AttentionKernel<Arguments>& kernel, const Arguments& a,
-                   const Tensor& like) {
-  const AttentionPlan plan = kernel.plan(a);
-  // Waking a thread costs as much as so many multiply-adds.
-  constexpr double kWorthAThread = 1 << 20;
+void run_attention(const PhasedKernel<Arguments>& kernel, const Arguments& a, const Tensor& like) {
   const double work = double(a.batch * a.query_heads) * double(a.queries) * double(a.keys) *
                       double(a.head_dim + a.value_dim);
-  const int64_t threads =
-      int64_t(std::min<double>(torch::stable::get_num_threads(), 1 + work / kWorthAThread));
-
-  constexpr int64_t kLine = 64;
-  const auto lines = [](int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; };
-  const int64_t workspace = lines(plan.workspace_bytes), scratch = lines(plan.scratch_bytes);
-  Tensor memory =
-      torch::stable::new_empty(like, {workspace + threads * scratch + kLine}, ScalarType::Byte);
-  advise_huge_pages(memory);
-  const int64_t base = lines(reinterpret_cast<intptr_t>(memory.mutable_data_ptr()));
-  const auto at = [&](int64_t offset) { return reinterpret_cast<void*>(base + offset); };
-  for (int phase = 0; phase < kPhases; ++phase) {
-    std::atomic<int64_t> next_task{0}, next_scratch{0};
-    torch::stable::parallel_for(0, std::min(threads, plan.tasks[phase]), 1, [&](int64_t, int64_t) {
-      void* own = at(workspace + scratch * next_scratch++);
-      for (int64_t task; (task = next_task++) < plan.tasks[phase];) {
-        kernel.run(a, phase, task, at(0), own);
-      }
-    });
-  }
+  Phases<Arguments>(kernel, a, work, like).run(a);
 }
 
 // Rows of unit stride, for the kernels, of tensors of four dimensions.
@@ -739,6 +930,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("cross_entropy_backward", TORCH_BOX(&fastgpt::cross_entropy_backward_cpu));
   m.impl("cross_entropy_backward_in_place",
          TORCH_BOX(&fastgpt::cross_entropy_backward_in_place_cpu));
+  m.impl("linear_cross_entropy_forward", TORCH_BOX(&fastgpt::linear_cross_entropy_forward_cpu));
+  m.impl("linear_cross_entropy_backward", TORCH_BOX(&fastgpt::linear_cross_entropy_backward_cpu));
   m.impl("cross_entropy_reduced", TORCH_BOX(&fastgpt::cross_entropy_reduced_cpu));
   m.impl("cross_entropy_reduced_backward", TORCH_BOX(&fastgpt::cross_entropy_reduced_backward_cpu));
 }

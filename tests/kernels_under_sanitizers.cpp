@@ -204,6 +204,232 @@ bool check_cross_entropy(const Kernels& kernels, DType dtype, int64_t rows, int6
   return true;
 }
 
+// ---- kernels in phases ----
+
+// Exactly the bytes that a plan asks for, from the start of a cache line.
+struct Lines {
+  size_t size;
+  std::unique_ptr<void, decltype(&std::free)> data;
+
+  explicit Lines(int64_t bytes)
+      : size(size_t(bytes)), data(std::aligned_alloc(64, size), std::free) {}
+  void poison() const { memset(data.get(), 0xff, size); }
+};
+
+template <class Arguments>
+void run_phases(const PhasedKernel<Arguments>& kernel, const Arguments& arguments, const Plan& plan,
+                const Lines& workspace) {
+  const Lines scratch(plan.scratch_bytes);
+  workspace.poison();
+  for (int phase = 0; phase < kPhases; ++phase) {
+    // Any order will do, and no task may count on what another left in its scratch.
+    for (int64_t task = plan.tasks[phase] - 1; task >= 0; --task) {
+      scratch.poison();
+      kernel.run(arguments, phase, task, workspace.data.get(), scratch.data.get());
+    }
+  }
+}
+
+template <class Arguments>
+void run(const PhasedKernel<Arguments>& kernel, const Arguments& arguments) {
+  const Plan plan = kernel.plan(arguments);
+  run_phases(kernel, arguments, plan, Lines(plan.workspace_bytes));
+}
+
+// ---- linear cross-entropy ----
+
+struct LinearOptions {
+  bool biased, weighted, probabilities, wide, partial, filtered, of_input, of_matrix;
+  double smoothing, softcap;
+};
+
+bool near(const char* name, double got, double expected, double tolerance) {
+  if (std::fabs(got - expected) <= tolerance) return true;
+  std::printf("%s is %g, not %g\n", name, got, expected);
+  return false;
+}
+
+template <class A>
+bool check_linear(const Kernels& kernels, DType dtype, int64_t N, int64_t C, int64_t D,
+                  const LinearOptions& o) {
+  const DType accumulator = dtype == kFloat64 ? kFloat64 : kFloat32;
+  const DType q_dtype = o.wide ? accumulator : dtype;
+  const auto bytes = [](int64_t n, DType type) {
+    return std::vector<uint8_t>(size_t(n) * kBytes[type], 0xff);
+  };
+  std::normal_distribution<double> normal;
+  // Rows at a distance, of which nothing may be read.
+  const int64_t x_row = D + 3, w_row = D + 1;
+  std::vector<uint8_t> x = bytes((N - 1) * x_row + D, dtype), w = bytes((C - 1) * w_row + D, dtype);
+  std::vector<uint8_t> b = bytes(C, dtype), q = bytes(o.probabilities ? N * C : 0, q_dtype);
+  const auto fill = [&](std::vector<uint8_t>& to, DType type, int64_t rows, int64_t columns,
+                        int64_t step, double scale) {
+    for (int64_t i = 0; i < rows * columns; ++i)
+      put(type, to.data(), i / columns * step + i % columns, scale * normal(generator));
+  };
+  fill(x, dtype, N, D, x_row, 1);
+  fill(w, dtype, C, D, w_row, 1 / std::sqrt(double(D)));
+  fill(b, dtype, 1, C, C, 1);
+  for (int64_t i = 0; i < int64_t(q.size() / kBytes[q_dtype]); ++i)
+    put(q_dtype, q.data(), i, std::fabs(normal(generator)) / double(C));
+  std::vector<int64_t> target(static_cast<size_t>(N)), row_of;
+  std::vector<A> g(target.size()), h(g.size()), square(g.size()), weight(size_t(C), A(1));
+  for (int64_t r = 0; r < N; ++r) {
+    const bool ignored = !o.probabilities && r % 5 == 4;
+    target[size_t(r)] = ignored                   ? kIgnore
+                        : o.partial && r % 5 == 2 ? C + r
+                                                  : int64_t(generator() % uint64_t(C));
+    if (!ignored) row_of.push_back(r);
+    for (std::vector<A>* v : {&g, &h, &square}) (*v)[size_t(r)] = A(normal(generator));
+  }
+  double total_weight = 0;
+  for (A& v : weight) total_weight += double(v = o.weighted ? A(std::fabs(normal(generator))) : 1);
+
+  LinearCrossEntropy a{};
+  a.positions = 1;
+  a.classes = C;
+  if (o.probabilities) {
+    a.probabilities = q.data();
+    a.probability_at = {C, 0, 1};
+    a.probabilities_wide = o.wide;
+  } else {
+    a.target = target.data();
+    a.target_outer = 1;
+  }
+  a.ignore_index = kIgnore;
+  a.partial = o.partial;
+  if (o.weighted) a.weight = weight.data();
+  a.hard = 1 - o.smoothing;
+  a.spread = o.smoothing / double(C);
+  a.total_weight = o.smoothing == 0 ? 0 : total_weight;
+  a.softcap = o.softcap;
+  a.rows = int64_t(row_of.size());
+  a.depth = D;
+  a.row_of = row_of.data();
+  a.input = x.data();
+  a.input_row = x_row;
+  a.matrix = w.data();
+  a.matrix_row = w_row;
+  if (o.biased) a.bias = b.data();
+  const DType loss_dtype = o.partial ? kFloat64 : accumulator;
+  std::vector<uint8_t> loss = bytes(N, loss_dtype), lse = loss;
+  a.loss = loss.data();
+  a.lse = lse.data();
+  a.grad_loss = {g.data(), 1, 0};
+  a.grad_lse = {h.data(), 1, 0};
+  a.grad_square = {square.data(), 1, 0};
+  a.filter_eps = o.filtered ? 1e-3 : 0;
+  std::vector<A> grad_x(size_t(N * D), A(NAN)), grad_w(size_t(C * D), A(NAN)),
+      grad_b(size_t(C), A(NAN));
+  const double tolerance = dtype == kFloat64 ? 1e-11 : dtype == kFloat32 ? 1e-4 : 3e-2;
+  for (bool backward : {false, true}) {
+    a.backward = backward;
+    if (backward) {
+      if (o.of_input) a.grad_input = grad_x.data();
+      if (o.of_matrix) a.grad_matrix = grad_w.data();
+      a.grad_bias = o.biased ? grad_b.data() : nullptr;
+    }
+    const PhasedKernel<LinearCrossEntropy>& kernel = kernels.linear_cross_entropy[dtype];
+    const Plan plan = kernel.plan(a);
+    const Lines workspace(plan.workspace_bytes);
+    for (a.first_row = 0; a.first_row < a.rows; a.first_row += plan.chunk_rows) {
+      a.chunk_rows = std::min(plan.chunk_rows, a.rows - a.first_row);
+      run_phases(kernel, a, plan, workspace);
+    }
+  }
+  const auto at = [&](const std::vector<uint8_t>& of, int64_t row, int64_t step, int64_t d) {
+    return get(dtype, of.data(), row * step + d);
+  };
+  std::vector<double> want_w(grad_w.size()), want_b(grad_b.size());
+  std::vector<double> y(static_cast<size_t>(C)), slope(y.size()), want_x(static_cast<size_t>(D));
+  for (int64_t r : row_of) {
+    double total = 0, amount = 0, want_loss = 0;
+    for (int64_t j = 0; j < C; ++j) {
+      double v = o.biased ? get(dtype, b.data(), j) : 0;
+      for (int64_t d = 0; d < D; ++d) v += at(x, r, x_row, d) * at(w, j, w_row, d);
+      const double u = o.softcap != 0 ? std::tanh(v / o.softcap) : 0;
+      slope[size_t(j)] = 1 - u * u;
+      y[size_t(j)] = o.softcap != 0 ? o.softcap * u : v;
+      total += std::exp(y[size_t(j)]);
+    }
+    const auto asked = [&](int64_t j) {
+      const double wanted =
+          o.probabilities ? get(q_dtype, q.data(), r * C + j) : double(j == target[size_t(r)]);
+      return double(weight[size_t(j)]) * (a.spread + a.hard * wanted);
+    };
+    for (int64_t j = 0; j < C; ++j) {
+      want_loss += asked(j) * (std::log(total) - y[size_t(j)]);
+      amount += asked(j);
+    }
+    const double want_lse = std::log(total), size = 1 + std::fabs(want_loss);
+    if (!near("loss", get(loss_dtype, loss.data(), r), want_loss, tolerance * size)) return false;
+    if (!near("lse", get(loss_dtype, lse.data(), r), want_lse, tolerance * size)) return false;
+    const double of_loss = double(g[size_t(r)]);
+    const double of_lse = double(h[size_t(r)]) + 2 * double(square[size_t(r)]) * want_lse;
+    std::fill(want_x.begin(), want_x.end(), 0.0);
+    for (int64_t j = 0; j < C; ++j) {
+      const double p = std::exp(y[size_t(j)]) / total;
+      const double s = slope[size_t(j)] * (of_loss * (amount * p - asked(j)) + of_lse * p);
+      want_b[size_t(j)] += s;
+      for (int64_t d = 0; d < D; ++d) {
+        want_x[size_t(d)] += s * at(w, j, w_row, d);
+        want_w[size_t(j * D + d)] += s * at(x, r, x_row, d);
+      }
+    }
+    const double filtered = o.filtered ? 1e-3 * double(C) : 0;
+    const double room =
+        (tolerance + filtered) * (1 + amount * std::fabs(of_loss) + std::fabs(of_lse)) * 4;
+    for (int64_t d = 0; d < D && o.of_input; ++d) {
+      if (!near("dx", double(grad_x[size_t(r * D + d)]), want_x[size_t(d)], room)) return false;
+    }
+  }
+  const double room = (tolerance + (o.filtered ? 1e-3 : 0)) * 40 * std::sqrt(double(N));
+  for (size_t i = 0; o.of_matrix && i < want_w.size(); ++i) {
+    if (!near("dw", double(grad_w[i]), want_w[i], room)) return false;
+  }
+  for (size_t i = 0; o.biased && i < want_b.size(); ++i) {
+    if (!near("db", double(grad_b[i]), want_b[i], room)) return false;
+  }
+  for (int64_t r = 0; r < N; ++r) {
+    const bool left = o.probabilities || target[size_t(r)] != kIgnore || !o.of_input;
+    for (int64_t d = 0; d < D && !left; ++d) {
+      if (std::isnan(grad_x[size_t(r * D + d)])) continue;
+      std::printf("dx of an ignored row was written\n");
+      return false;
+    }
+  }
+  return true;
+}
+
+// How many calls were right, or -1.
+int check_linear_of(int64_t N, int64_t C, int64_t D, int bits) {
+  LinearOptions o{};
+  o.biased = bits & 1;
+  o.weighted = bits & 2;
+  o.probabilities = bits & 4;
+  o.smoothing = bits & 8 ? 0.3 : 0;
+  o.softcap = bits & 16 ? 2 : 0;
+  o.wide = bits & 8;
+  o.partial = bits % 3 == 0;
+  o.filtered = bits % 7 == 0;
+  o.of_input = bits % 5 != 0;
+  o.of_matrix = bits % 5 != 1;
+  int checked = 0;
+  for (int i = 0; i < isa_count(); ++i) {
+    for (int dtype = 0; dtype < kDTypes; ++dtype) {
+      const auto check = dtype == kFloat64 ? check_linear<double> : check_linear<float>;
+      if (!check(isa_at(i), DType(dtype), N, C, D, o)) {
+        std::printf("%s: dtype %d, N %lld, C %lld, D %lld, options %d\n", isa_at(i).isa, dtype,
+                    static_cast<long long>(N), static_cast<long long>(C), static_cast<long long>(D),
+                    bits);
+        return -1;
+      }
+      ++checked;
+    }
+  }
+  return checked;
+}
+
 // ---- attention ----
 
 // A tensor (batch, heads, rows, columns) in an allocation that ends with its last number. Nothing
@@ -462,30 +688,6 @@ struct Problem {
   }
 };
 
-// Exactly the bytes that a plan asks for, from the start of a cache line.
-struct Lines {
-  size_t size;
-  std::unique_ptr<void, decltype(&std::free)> data;
-
-  explicit Lines(int64_t bytes)
-      : size(size_t(bytes)), data(std::aligned_alloc(64, size), std::free) {}
-  void poison() const { memset(data.get(), 0xff, size); }
-};
-
-template <class Arguments>
-void run(const AttentionKernel<Arguments>& kernel, const Arguments& arguments) {
-  const AttentionPlan plan = kernel.plan(arguments);
-  const Lines workspace(plan.workspace_bytes), scratch(plan.scratch_bytes);
-  workspace.poison();
-  for (int phase = 0; phase < kPhases; ++phase) {
-    // Any order will do, and no task may count on what another left in its scratch.
-    for (int64_t task = plan.tasks[phase] - 1; task >= 0; --task) {
-      scratch.poison();
-      kernel.run(arguments, phase, task, workspace.data.get(), scratch.data.get());
-    }
-  }
-}
-
 bool check_attention(const Kernels& kernels, DType dtype, DType accumulator, Problem& problem) {
   const Attention& a = problem.arguments;
   const double tolerances[] = {1e-5, 1e-12, 3e-2, 3e-3};
@@ -603,6 +805,22 @@ int main() {
       }
     }
   }
+  const int64_t linear[][3] = {
+      {1, 1, 1},    {2, 5, 3},   {5, 6, 16},   {16, 7, 17},  {17, 13, 64},
+      {35, 96, 65}, {7, 97, 31}, {19, 193, 2}, {33, 400, 9}, {2600, 7, 3},  // more than one chunk
+  };
+  for (const auto& [N, C, D] : linear) {
+    for (int bits = 0; bits < 32; ++bits) {
+      if (N * C > 2000 && bits % 3 != 1) continue;
+      const int right = check_linear_of(N, C, D, bits);
+      if (right < 0) return 1;
+      checked += right;
+    }
+  }
+  // More classes than a chunk's logits may take.
+  const int right = check_linear_of(3, 800000, 1, 1);
+  if (right < 0) return 1;
+  checked += right;
   const Shape shapes[] = {
       {1, 1, 1, 1, 1, 1, 1},     {1, 1, 1, 6, 7, 17, 64},
       {1, 2, 1, 7, 16, 64, 1},   {2, 4, 2, 16, 17, 129, 17},

@@ -434,7 +434,7 @@ static void mask_tile(const AttentionBackward& a, const Tiling<T>& l, const Back
 }
 
 template <class T>
-static AttentionPlan plan_backward(const AttentionBackward& a) {
+static Plan plan_backward(const AttentionBackward& a) {
   const Tiling<T> l(a, true);
   const BackwardMemory<T> memory(a, l, nullptr, nullptr);
   const int64_t mask_tiles = a.grad_mask ? MaskTiles(a, l.query_blocks, l.key_tiles).count() : 0;

@@ -221,7 +221,7 @@ static void join_tiles(const AttentionForward& a, const Tiling<T>& l, const Deco
 // ---- the forward's plan ----
 
 template <class T>
-static AttentionPlan plan_forward(const AttentionForward& a) {
+static Plan plan_forward(const AttentionForward& a) {
   const Tiling<T> l(a, false);
   if (few_queries(a)) {
     const DecodeMemory<T> memory(a, l, nullptr, nullptr);

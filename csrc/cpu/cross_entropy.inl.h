@@ -271,12 +271,9 @@ struct RowLoss {
 };
 
 // From the sums over a row: `at_target` is y_t, of a row that has a target `here`.
-// `x` is its first logit, `column` from the next.
-template <class T, class A>
-static RowLoss row_loss(const CrossEntropy& a, const T* x, int64_t column, Normaliser<A>& sums,
-                        const Moments<A>& moments, bool here, A at_target, double hard,
-                        double spread) {
-  if (!is_finite(sums.m) && any_nan(x, column, a.classes)) return {double(NAN), double(NAN)};
+template <class A>
+static RowLoss loss_of_sums(const CrossEntropy& a, Normaliser<A>& sums, const Moments<A>& moments,
+                            bool here, A at_target, double hard, double spread) {
   if (a.partial && sums.m == A(-INFINITY)) {
     // None of the probability is in this slice: what that costs shows in lse.
     sums.m = 0;
@@ -293,6 +290,15 @@ static RowLoss row_loss(const CrossEntropy& a, const T* x, int64_t column, Norma
     row.loss += spread * (moments.mass * log_total - (moments.dot + moved));
   }
   return row;
+}
+
+// The same of the row whose first logit is `x`, `column` from the next: its NaN are looked for.
+template <class T, class A>
+static RowLoss row_loss(const CrossEntropy& a, const T* x, int64_t column, Normaliser<A>& sums,
+                        const Moments<A>& moments, bool here, A at_target, double hard,
+                        double spread) {
+  if (!is_finite(sums.m) && any_nan(x, column, a.classes)) return {double(NAN), double(NAN)};
+  return loss_of_sums(a, sums, moments, here, at_target, hard, spread);
 }
 
 // The sums over a row whose classes lie together; `at_target` is y_t, if there is a target.
@@ -471,7 +477,7 @@ struct TargetSlope {
 };
 
 template <class T>
-static TargetSlope<acc_t<T>> target_slope(const CrossEntropyBackward& a, const T* x, int64_t column,
+static TargetSlope<acc_t<T>> target_slope(const CrossEntropy& a, const T* x, int64_t column,
                                           int64_t target, acc_t<T> m, const Slopes& s) {
   using A = acc_t<T>;
   const auto [g, g_lse, rest] = s;

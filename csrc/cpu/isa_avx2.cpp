@@ -25,6 +25,8 @@ namespace avx2 {
 #include "cross_entropy.inl.h"
 #include "cross_entropy_columns.inl.h"
 #include "gemm.h"
+#include "packing.h"
+#include "linear_cross_entropy.inl.h"
 #include "attention.inl.h"
 #include "attention_forward.inl.h"
 #include "attention_decode.inl.h"

@@ -12,6 +12,8 @@ namespace scalar {
 #include "cross_entropy.inl.h"
 #include "cross_entropy_columns.inl.h"
 #include "gemm.h"
+#include "packing.h"
+#include "linear_cross_entropy.inl.h"
 #include "attention.inl.h"
 #include "attention_forward.inl.h"
 #include "attention_decode.inl.h"

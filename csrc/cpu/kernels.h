@@ -61,6 +61,33 @@ struct CrossEntropyBackward : CrossEntropy {
   bool stream;  // write around the caches
 };
 
+// ---- linear cross-entropy ----
+
+// Cross-entropy of the logits x W^T + b, of which `logits`, `at`, `by_columns` and `positions` of
+// the base mean nothing. Its rows are numbered in `row_of`.
+struct LinearCrossEntropy : CrossEntropy {
+  int64_t rows, depth;
+  const int64_t* row_of;  // (rows,) those that are not ignored, as the tensors count them
+  const void* input;      // (N, depth), storage type, of unit innermost stride
+  int64_t input_row;
+  const void* matrix;  // (classes, depth), likewise
+  int64_t matrix_row;
+  const void* bias;  // (classes,) storage type, contiguous, or null
+  // (N,) accumulator type; double if `partial`
+  void *loss, *lse;
+
+  // Whether gradients are formed, and for which upstream ones of loss, lse and lse^2, each but the
+  // first of which may be null.
+  bool backward;
+  Upstream grad_loss, grad_lse, grad_square;
+  double filter_eps;  // the part of a probability below it is left out
+  // Accumulator type, contiguous, or null. What is not one of the rows is left as it is.
+  void *grad_input, *grad_matrix, *grad_bias;
+
+  // The rows of one call of `run` for each phase and task: [first_row, first_row + chunk_rows).
+  int64_t first_row, chunk_rows;
+};
+
 // ---- attention ----
 
 // A tensor (B, heads, N, columns) of unit innermost stride; the others in elements.
@@ -125,16 +152,18 @@ struct AttentionBackward : Attention {
 // What a call needs and falls into. The tasks of one phase may run in any order and at once, each
 // with a scratch of its own; the phases follow one another. What a task adds up depends on the
 // shape alone, so any number of threads gives the same bits.
-constexpr int kPhases = 4;
-struct AttentionPlan {
+constexpr int kPhases = 5;
+struct Plan {
   int64_t workspace_bytes;  // shared by all phases
   int64_t scratch_bytes;    // of a task
   int64_t tasks[kPhases];
+  // Of linear cross-entropy, whose phases are run for one chunk of its rows after another.
+  int64_t chunk_rows = 0;
 };
 
 template <class Arguments>
-struct AttentionKernel {
-  AttentionPlan (*plan)(const Arguments&);
+struct PhasedKernel {
+  Plan (*plan)(const Arguments&);
   void (*run)(const Arguments&, int phase, int64_t task, void* workspace, void* scratch);
 };
 
@@ -147,8 +176,9 @@ struct Kernels {
   const char* isa;
   Kernel<CrossEntropyForward> cross_entropy_forward[kDTypes];
   Kernel<CrossEntropyBackward> cross_entropy_backward[kDTypes];
-  AttentionKernel<AttentionForward> attention_forward[kDTypes];
-  AttentionKernel<AttentionBackward> attention_backward[kDTypes];
+  PhasedKernel<LinearCrossEntropy> linear_cross_entropy[kDTypes];
+  PhasedKernel<AttentionForward> attention_forward[kDTypes];
+  PhasedKernel<AttentionBackward> attention_backward[kDTypes];
 };
 
 // The tables, one per ISA file; those of another architecture do not exist.
