@@ -21,7 +21,11 @@ from torch.utils.checkpoint import (
 )
 
 from fastgpt import dispatch
-from fastgpt.functional import cross_entropy, scaled_dot_product_attention
+from fastgpt.functional import (
+    cross_entropy,
+    linear_cross_entropy,
+    scaled_dot_product_attention,
+)
 
 
 def _check_key_padding_mask(mask: Tensor, keys: int, batch: int) -> None:
@@ -65,14 +69,17 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _with_our_attention(F.multi_head_attention_forward),
     checkpoint: _checkpoint,
 }
+if hasattr(F, "linear_cross_entropy"):  # new in torch 2.13
+    REPLACEMENTS[F.linear_cross_entropy] = linear_cross_entropy
 
 
 class drop_in(TorchFunctionMode):
     """Inside `with fastgpt.drop_in():`, torch's loss and attention functions are ours.
 
-    Covers `cross_entropy`, `scaled_dot_product_attention` and `multi_head_attention_forward` of
-    `torch.nn.functional`, and the modules that call them: `nn.CrossEntropyLoss`,
-    `nn.MultiheadAttention`, `nn.Transformer` and its layers. Nothing global is assigned to: the
+    Covers `cross_entropy`, `linear_cross_entropy`, `scaled_dot_product_attention` and
+    `multi_head_attention_forward` of `torch.nn.functional`, and the modules that call them:
+    `nn.CrossEntropyLoss`, `nn.LinearCrossEntropyLoss`, `nn.MultiheadAttention`, `nn.Transformer`
+    and its layers. Nothing global is assigned to: the
     mode belongs to the thread that entered it, nests, and ends with the block, also on an
     exception. A backward pass may run outside; activation checkpointing, which calls the model
     again then, needs `fastgpt.checkpoint_context_fn`.

@@ -55,6 +55,9 @@ class Backend:
     def cross_entropy(self, *args, **kwargs):
         return self._run(fastgpt.cross_entropy, *args, **kwargs)
 
+    def linear_cross_entropy(self, *args, **kwargs):
+        return self._run(fastgpt.linear_cross_entropy, *args, **kwargs)
+
     def attention(self, *args, **kwargs):
         return self._run(fastgpt.scaled_dot_product_attention, *args, **kwargs)
 
@@ -160,6 +163,18 @@ def best_kernel(request) -> Iterator[Backend]:
 @pytest.fixture(params=NATIVE, ids=repr)
 def native_backend(request) -> Iterator[Backend]:
     """The native backend, once for each instruction set of this processor."""
+    yield from _activate(request.param)
+
+
+@pytest.fixture(params=[EAGER, *NATIVE], ids=repr)
+def linear_backend(request) -> Iterator[Backend]:
+    """Every backend that has linear cross-entropy, the native one once for each instruction set."""
+    yield from _activate(request.param)
+
+
+@pytest.fixture(params=[EAGER, NATIVE[-1]], ids=lambda b: b.name)
+def linear_one_isa(request) -> Iterator[Backend]:
+    """Every backend that has linear cross-entropy, on its best instruction set."""
     yield from _activate(request.param)
 
 

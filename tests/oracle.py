@@ -48,8 +48,12 @@ def gradients_of(function, inputs, upstream):
     return value.detach(), *torch.autograd.grad(value, leaves, upstream)
 
 
-def wide(x: torch.Tensor) -> np.ndarray:
-    """`x` as a NumPy array of a wider type: long double for float64, float64 for the rest."""
+def wide(x: torch.Tensor | np.ndarray) -> np.ndarray:
+    """`x` as a NumPy array of a wider type: long double for float64, float64 for the rest. An array
+    is one already.
+    """
+    if isinstance(x, np.ndarray):
+        return x
     kind = np.longdouble if x.dtype == torch.float64 else np.float64
     return x.detach().double().numpy().astype(kind)
 
@@ -142,7 +146,7 @@ class ExactOptions(NamedTuple):
 
 
 def exact_options(
-    logits: torch.Tensor,
+    logits: torch.Tensor | np.ndarray,
     target: torch.Tensor,
     upstream: torch.Tensor,
     upstream_lse: torch.Tensor | None = None,
@@ -150,8 +154,9 @@ def exact_options(
     smoothing: float = 0.0,
     softcap: float | None = None,
 ) -> ExactOptions:
-    """Unreduced loss and lse of (N, C) logits and the gradients for `upstream` and `upstream_lse`
-    (N,), for targets that are classes (N,) or probabilities (N, C).
+    """Unreduced loss and lse of (N, C) logits, a tensor or an array of a wide type already, and the
+    gradients for `upstream` and `upstream_lse` (N,), for targets that are classes (N,) or
+    probabilities (N, C).
 
     With y = k tanh(x / k) for a softcap of k: sum over j of c_j (lse - y_j), where c_j is
     s / C w_j and (1 - s) w_j q_j more, and q_j of a class is 1 at the class.

@@ -267,6 +267,12 @@ def test_rows_without_classes_are_accepted():
             function(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64))
 
 
+def test_ignored_rows_without_classes_are_refused():
+    logits, target = torch.zeros(2, 0, dtype=torch.float64), torch.full((2,), -100)
+    for reduction in ("none", "mean", "sum"):
+        compare(logits, target, reduction=reduction)
+
+
 def test_negative_smoothing_differs_from_torch():
     logits, target = random_logits(4, 3, dtype=torch.float64)
     compare(logits, target, label_smoothing=-0.5)

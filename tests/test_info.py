@@ -16,7 +16,7 @@ import fastgpt
 from fastgpt.backends import native
 from fastgpt.dispatch import BACKENDS
 
-OPS = ("cross_entropy", "scaled_dot_product_attention")
+OPS = ("cross_entropy", "linear_cross_entropy", "scaled_dot_product_attention")
 DEVICES = ("cpu", "cuda")
 
 

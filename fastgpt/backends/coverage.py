@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastgpt.dispatch import nested_forward_levels
 from fastgpt.ops.attention import AttentionCall
 from fastgpt.ops.cross_entropy import CrossEntropyCall, by_columns, class_rows, positions
+from fastgpt.ops.linear_cross_entropy import LinearCrossEntropyCall
 from fastgpt.ops.raw import accumulator_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -32,15 +33,19 @@ def cross_entropy(call: CrossEntropyCall, rows: bool) -> str:
 
 def _probabilities(call: CrossEntropyCall, rows: bool) -> str:
     logits, target = call.logits, call.target
-    if target.dtype not in (logits.dtype, accumulator_dtype(logits.dtype)):
-        return f"probabilities of type {target.dtype} for logits of type {logits.dtype}"
-    if reason := _tensor("probabilities", target):
+    if reason := _probability_type(target, logits):
         return reason
     if reason := _strides(target, rows):
         return f"strides of the probabilities: {reason}"
     if call.weight is not None and call.weight.requires_grad and torch.is_grad_enabled():
         return "a gradient of weight"
     return ""
+
+
+def _probability_type(target: torch.Tensor, logits: torch.Tensor) -> str:
+    if target.dtype not in (logits.dtype, accumulator_dtype(logits.dtype)):
+        return f"probabilities of type {target.dtype} for logits of type {logits.dtype}"
+    return _tensor("probabilities", target)
 
 
 def _strides(logits: torch.Tensor, rows: bool) -> str:
@@ -57,6 +62,25 @@ def _apart(logits: torch.Tensor) -> bool:
     """Whether neither the classes of a row nor the positions lie together: they are copied."""
     x = positions(logits)
     return x is not None and x.shape[1] != 1 and x.stride(1) != 1 and not by_columns(x)
+
+
+def linear_cross_entropy(call: LinearCrossEntropyCall) -> str:
+    """Why no kernel can do this call; empty where one can."""
+    target, weight = call.loss.target, call.loss.weight
+    tensors = [("input", call.input), ("linear_weight", call.linear_weight)]
+    if call.linear_bias is not None:
+        tensors.append(("linear_bias", call.linear_bias))
+    for name, x in tensors:
+        if reason := _tensor(name, x):
+            return reason
+        if 0 in x.shape[name == "input" :]:  # no rows will do
+            return f"an empty {name}"
+    if target.is_floating_point():
+        if reason := _probability_type(target, call.input):
+            return reason
+        if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+            return "a gradient of weight"
+    return _transforms()
 
 
 def attention(call: AttentionCall, max_head_dim: int) -> str:

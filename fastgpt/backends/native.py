@@ -74,5 +74,7 @@ def _covers_attention(call: AttentionCall) -> str:
 
 register(Cell("cross_entropy", "native", "cpu", _reason, _covers_cross_entropy))
 register(Cell("cross_entropy", "native", "cuda", NOT_IMPLEMENTED))
+register(Cell("linear_cross_entropy", "native", "cpu", _reason, coverage.linear_cross_entropy))
+register(Cell("linear_cross_entropy", "native", "cuda", NOT_IMPLEMENTED))
 register(Cell("scaled_dot_product_attention", "native", "cpu", _reason, _covers_attention))
 register(Cell("scaled_dot_product_attention", "native", "cuda", NOT_IMPLEMENTED))

@@ -13,7 +13,7 @@ from fastgpt import dispatch
 from fastgpt.backends import native, triton
 from fastgpt.dispatch import BACKENDS
 
-OPS = ("cross_entropy", "scaled_dot_product_attention")
+OPS = ("cross_entropy", "linear_cross_entropy", "scaled_dot_product_attention")
 DEVICES = ("cpu", "cuda")
 
 

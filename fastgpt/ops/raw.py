@@ -38,3 +38,29 @@ def transformed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def sum_rows(rows: Tensor) -> Tensor:
+    """The sum of all numbers, with the same bits for any number of threads.
+
+    torch gives each thread a stretch of a long vector, and the bits depend on where it is cut. A
+    matrix is cut between its rows, so a long vector is summed as one first.
+    """
+    columns = 4096
+    rows = rows.reshape(-1)
+    if rows.shape[0] <= columns:
+        return rows.sum()
+    return (
+        torch.nn.functional.pad(rows, (0, -rows.shape[0] % columns)).view(-1, columns).sum(1).sum()
+    )
+
+
+@torch.compiler.assume_constant_result
+def differentiates() -> bool:
+    """Whether a transform of torch.func or a dual level surrounds the call, in a compiled function,
+    too: a constant for the compiler, which traces each stack of transforms anew.
+    """
+    return (
+        bool(torch._C._functorch.get_interpreter_stack())
+        or torch.autograd.forward_ad._current_level >= 0
+    )

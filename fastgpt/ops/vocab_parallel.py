@@ -91,6 +91,59 @@ class _Row(Function):
         return _Row.apply(x.movedim(in_dims[0], -1), *ranks), -1
 
 
+# A matrix whose columns the ranks share out multiplies what every rank has: its gradient is the sum
+# of theirs, which then every rank has again.
+
+
+class Shared(Function):
+    """x, which all ranks have alike, where each goes on with a part of the classes of its own."""
+
+    @staticmethod
+    def forward(x: Tensor, name: str, size: int, rank: int) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.ranks = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return _Sum.apply(gradient, *ctx.ranks), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return Shared.apply(tangent, *ctx.ranks)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *ranks: Any) -> tuple[Tensor, Any]:
+        return Shared.apply(x, *ranks), in_dims[0]
+
+
+class _Sum(Function):
+    @staticmethod
+    def forward(x: Tensor, name: str, size: int, rank: int) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return all_gather(x, Ranks(name, size, rank)).sum(0, dtype=wide).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.ranks = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return Shared.apply(gradient, *ctx.ranks), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _Sum.apply(tangent, *ctx.ranks)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *ranks: Any) -> tuple[Tensor, Any]:
+        return _Sum.apply(x, *ranks), in_dims[0]
+
+
+torch._dynamo.allow_in_graph(Shared)
+torch._dynamo.allow_in_graph(_Sum)
 torch._dynamo.allow_in_graph(_Gather)
 torch._dynamo.allow_in_graph(_Row)
 

@@ -2,5 +2,5 @@
 
 from fastgpt.dispatch import Cell, register
 
-for _op in ("cross_entropy", "scaled_dot_product_attention"):
+for _op in ("cross_entropy", "linear_cross_entropy", "scaled_dot_product_attention"):
     register(Cell(_op, "eager", "any", ""))

@@ -88,8 +88,9 @@ def cross_entropy(
             q = hard * q
         return -(q * log_p if columns is None else q * columns * log_p).sum(1), lse
     t = target.masked_fill(~here, 0)
-    loss = -_at_target(log_p, t)
-    if weight is not None:
+    none = x.shape[1] == 0 and not here.any()  # no class 0 that could stand in for no class
+    loss = log_p.sum(1) if none else -_at_target(log_p, t)
+    if weight is not None and not none:
         loss = loss * weight[t]
     if hard != 1:
         loss = hard * loss
