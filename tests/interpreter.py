@@ -24,7 +24,7 @@ def load_kernels() -> None:
         from triton import knobs
 
         knobs.runtime.interpret = True  # stays when the environment forgets it
-        for op in ("cross_entropy", "attention"):
+        for op in ("cross_entropy", "linear_cross_entropy", "attention"):
             importlib.import_module(f"fastgpt.backends.triton.{op}")
         _quicken()
     os.environ.pop("TRITON_INTERPRET", None)

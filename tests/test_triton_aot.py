@@ -296,6 +296,10 @@ def test_the_roofline_miscounts():
     assert forward.seconds == pytest.approx(47.9e-6, rel=1e-3)
     backward = limits["cross-entropy backward", "16384 x 128256 float32"]
     assert backward.amount == 2 * 16384 * 128256 * 4
+    products = limits["linear cross-entropy", "(8192, 4096) x 128256 bfloat16"]
+    assert products.amount == 6 * 8192 * 4096 * 128256
+    again = limits["linear cross-entropy in slices", "(8192, 4096) x 128256 bfloat16"]
+    assert again.seconds == pytest.approx(products.seconds * 4 / 3)
     shape = "(1, 8, 4096, 128) causal bfloat16"
     forward = limits["attention forward", shape].amount
     assert forward == 4 * 8 * 4096**2 * 128 / 2
@@ -341,6 +345,7 @@ def test_a_stored_kernel_spills_does_not_fit_or_lacks_its_instructions(whole_rep
     [
         "cross-entropy forward",
         "cross-entropy backward",
+        "linear cross-entropy backward",
         "attention forward",
         "attention query gradient",
         "attention key gradient",

@@ -18,8 +18,10 @@ from fastgpt.backends.triton.chips import chip_of, unserved
 from fastgpt.dispatch import Cell, register
 from fastgpt.ops import attention as attention_op
 from fastgpt.ops import cross_entropy as cross_entropy_op
+from fastgpt.ops import linear_cross_entropy as linear_cross_entropy_op
 from fastgpt.ops.attention import AttentionCall
 from fastgpt.ops.cross_entropy import CrossEntropyCall
+from fastgpt.ops.linear_cross_entropy import LinearCrossEntropyCall
 
 OLDEST = (3, 6)
 
@@ -80,6 +82,10 @@ def _covers_cross_entropy(call: CrossEntropyCall) -> str:
     return _covers_device(call.logits.device) or coverage.cross_entropy(call, rows=True)
 
 
+def _covers_linear_cross_entropy(call: LinearCrossEntropyCall) -> str:
+    return _covers_device(call.input.device) or coverage.linear_cross_entropy(call)
+
+
 def _covers_attention(call: AttentionCall) -> str:
     query = call.query
     return _covers_device(query.device) or coverage.attention(
@@ -96,8 +102,12 @@ def _max_head_dim(device: torch.device, itemsize: int) -> int:
 
 
 for _device, _reason in (("cpu", _cpu_reason()), ("cuda", _cuda_reason())):
-    register(Cell("cross_entropy", "triton", _device, _reason, _covers_cross_entropy))
-    register(Cell("scaled_dot_product_attention", "triton", _device, _reason, _covers_attention))
+    for _name, _covers in (
+        ("cross_entropy", _covers_cross_entropy),
+        ("linear_cross_entropy", _covers_linear_cross_entropy),
+        ("scaled_dot_product_attention", _covers_attention),
+    ):
+        register(Cell(_name, "triton", _device, _reason, _covers))
 
 
 def _kernel(op: str, which: str) -> Any:
@@ -112,9 +122,14 @@ def _kernel(op: str, which: str) -> Any:
 
 _WHICH = {
     "cross_entropy": ("forward", "backward", "backward_in_place"),
+    "linear_cross_entropy": ("forward", "backward"),
     "attention": ("forward", "backward"),
 }
-for _op, _module in (("cross_entropy", cross_entropy_op), ("attention", attention_op)):
+for _op, _module in (
+    ("cross_entropy", cross_entropy_op),
+    ("linear_cross_entropy", linear_cross_entropy_op),
+    ("attention", attention_op),
+):
     _module.LAUNCHERS["triton"] = _module.define("fastgpt_triton")
     for _which in _WHICH[_op]:
         torch.library.impl(f"fastgpt_triton::{_op}_{_which}", ("CPU", "CUDA"), _kernel(_op, _which))

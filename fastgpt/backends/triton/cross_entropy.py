@@ -90,10 +90,11 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, **rows: Tensor
             )
 
 
-def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_targets(target: Tensor, classes: int, options: Options) -> None:
     """On the CPU; on a GPU the kernel asserts, since looking would wait for the device."""
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or target.is_floating_point() or options.partial:
         return
+    ignore_index = options.ignore_index
     wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if len(wrong):
         raise RuntimeError(
@@ -108,13 +109,20 @@ def _rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().flatten(0, -2) if rows is None else rows
 
 
-def _prepare(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
+def prepare(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    total_weight: Tensor | None = None,
+    first_class: int | None = None,
 ) -> tuple[Tensor, Tile, dict[str, Any]]:
-    """The rows of logits, their tile, and what forward and backward are told alike."""
+    """The rows of logits, their tile, and what forward and backward are told alike.
+
+    `total_weight` (), the sum of the weights, if it is known; `first_class` is that of the logits,
+    where targets are counted from another one.
+    """
     of_probabilities = target.is_floating_point()
-    if not of_probabilities and not options.partial:
-        _check_targets(target, logits.shape[1], options.ignore_index)
     x, t = _rows(logits), _rows(target) if of_probabilities else target.reshape(-1)
     N, C = x.shape
     smoothed = (options.hard, options.spread) != (1, 0)
@@ -127,6 +135,7 @@ def _prepare(
         "total_weight": None,
         "row_stride": x.stride(0),
         "target_stride": t.stride(0),
+        "first_class": first_class,
         "classes": C,
         "ignore_index": options.ignore_index,
         "hard": options.hard,
@@ -138,7 +147,7 @@ def _prepare(
         "BLOCK": chosen.block,
     }
     if weight is not None and smoothed and not of_probabilities:
-        arguments["total_weight"] = weight.sum()
+        arguments["total_weight"] = weight.sum() if total_weight is None else total_weight
     if C <= NARROW:
         arguments.update(N=N, ROWS=chosen.rows)
     else:
@@ -146,7 +155,7 @@ def _prepare(
     return x, chosen, arguments
 
 
-def _launch(kernel: Any, programs: int, chosen: Tile, arguments: dict[str, Any]) -> None:
+def launch(kernel: Any, programs: int, chosen: Tile, arguments: dict[str, Any]) -> None:
     with torch.cuda.device_of(arguments["targets"]):
         # The assertion of the target needs debug, which would check every sum of integers, too.
         kernel[(programs,)](**arguments, num_warps=chosen.num_warps, sanitize_overflow=False)
@@ -166,18 +175,29 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The raw operator cross_entropy_forward: see `fastgpt.ops.cross_entropy.define`."""
     _check(logits, target, weight)
-    x, chosen, arguments = _prepare(logits, target, weight, Options(*options))
-    outputs = losses, lses, row_max, rests = new_losses(logits, target, weight, *options)
-    N, C = x.shape
-    if N > 0:
-        arguments.update(losses=losses, lses=lses, row_max=row_max, rests=rests)
-        if C <= NARROW:
-            _launch(forward_narrow, triton.cdiv(N, chosen.rows), chosen, arguments)
-        else:
-            t = arguments["targets"]
-            arguments["TARGET_IN_PHASE"] = t.is_floating_point() and _in_phase(t, x)
-            _launch(forward_wide, N, chosen, arguments)
+    check_targets(target, logits.shape[1], Options(*options))
+    outputs = new_losses(logits, target, weight, *options)
+    run_forward(*prepare(logits, target, weight, Options(*options)), outputs)
     return outputs
+
+
+def run_forward(
+    x: Tensor,
+    chosen: Tile,
+    arguments: dict[str, Any],
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """Write loss, lse, row_max and rest of what was prepared."""
+    N, C = x.shape
+    if N == 0:
+        return
+    arguments.update(zip(("losses", "lses", "row_max", "rests"), outputs, strict=True))
+    if C <= NARROW:
+        launch(forward_narrow, triton.cdiv(N, chosen.rows), chosen, arguments)
+    else:
+        t = arguments["targets"]
+        arguments["TARGET_IN_PHASE"] = t.is_floating_point() and _in_phase(t, x)
+        launch(forward_wide, N, chosen, arguments)
 
 
 def backward(
@@ -234,7 +254,24 @@ def _backward(
     )
     if not (row_max.is_contiguous() and rest.is_contiguous()):
         raise RuntimeError("expected contiguous row_max and rest")
-    x, chosen, arguments = _prepare(logits, target, weight, options)
+    check_targets(target, logits.shape[1], options)
+    run_backward(statistics, *prepare(logits, target, weight, options), gradient)
+
+
+def run_backward(
+    statistics: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    x: Tensor,
+    chosen: Tile,
+    arguments: dict[str, Any],
+    gradient: Tensor | None,
+    floors: Tensor | None = None,
+) -> None:
+    """Write the gradient of what was prepared.
+
+    The rows `gradient` may lie at any distance, and be of another type than the logits. `floors`
+    (R,) are what exp(y - row_max) must reach; of smaller ones the probability is taken to be 0.
+    """
+    grad_loss, grad_lse, row_max, rest = statistics
     N, C = x.shape
     if N == 0:
         return
@@ -250,43 +287,52 @@ def _backward(
         row_max=row_max,
         rests=rest,
         gradients=gradient,
+        gradient_stride=None,
+        floors=floors,
     )
+    if gradient is not None and gradient.stride(0) != C:
+        arguments["gradient_stride"] = gradient.stride(0)
     if gradient is None and not t.is_floating_point():
         # Where one thread of a program, or one program of a row, reads the target's logit, another
         # may have written over it.
-        arguments["at_targets"] = x.gather(1, t.clamp(0, C - 1).unsqueeze(1)).squeeze(1)
+        first = arguments["first_class"] or 0
+        arguments["at_targets"] = x.gather(1, (t - first).clamp(0, C - 1).unsqueeze(1)).squeeze(1)
     if C <= NARROW:
-        _launch(backward_narrow, triton.cdiv(N, chosen.rows), chosen, arguments)
+        launch(backward_narrow, triton.cdiv(N, chosen.rows), chosen, arguments)
         return
     out = x if gradient is None else gradient
     blocks = triton.cdiv(C, chosen.block)
     stripe_blocks = max(1, min(STRIPE, N * blocks // PROGRAMS))
     stripes = triton.cdiv(blocks, stripe_blocks)
     arguments.update(
-        amounts=_amounts(t, weight, row_max, chosen, arguments) if t.is_floating_point() else None,
+        amounts=_amounts(t, row_max, chosen, arguments) if t.is_floating_point() else None,
         stripes=stripes,
         stripe_blocks=stripe_blocks,
         IN_PHASE=_in_phase(x, out),
         TARGET_IN_PHASE=t.is_floating_point() and _in_phase(t, out),
+        LANES=VECTOR_BYTES // out.element_size(),
     )
-    _launch(backward_wide, N * stripes, chosen, arguments)
+    launch(backward_wide, N * stripes, chosen, arguments)
 
 
-def _amounts(
-    q: Tensor, weight: Tensor | None, row_max: Tensor, chosen: Tile, arguments: dict[str, Any]
-) -> Tensor:
+def _amounts(q: Tensor, row_max: Tensor, chosen: Tile, arguments: dict[str, Any]) -> Tensor:
     """A of each row of probabilities."""
     amounts = torch.empty_like(row_max)
     shared = ("targets", "weights", "target_stride", "classes", "hard", "spread", "SMOOTHED")
     told = {name: arguments[name] for name in (*shared, "BLOCK")}
     told.update(amounts=amounts, LANES=VECTOR_BYTES // q.element_size())
-    _launch(shares_wide, q.shape[0], chosen, told)
+    launch(shares_wide, q.shape[0], chosen, told)
     return amounts
 
 
 # ---- ahead of time ----
 
-_VALUES = {
+VALUES = {
+    "first_class": "i32",
+    "gradient_stride": "i32",
+    "square_stride": "i64",
+    "slices": "i32",
+    "filter_eps": "fp64",
     "row_stride": "i64",
     "target_stride": "i64",
     "grad_stride": "i64",
@@ -323,14 +369,25 @@ def compilations(chip: Chip) -> Iterator[Compilation]:
         if dtype == torch.float16:  # bfloat16's tiles
             continue
         for C in (1000, 50257):
-            for call in _CALLS:
+            for call, options in _CALLS.items():
                 for which in ("forward", "backward"):
-                    yield _compilation(chip, dtype, C, call, which)
-        yield _compilation(chip, dtype, 50257, " probabilities", "shares")
+                    yield compilation(chip, dtype, C, call, options, which)
+        yield compilation(chip, dtype, 50257, " probabilities", ("probabilities",), "shares")
 
 
-def _compilation(chip: Chip, dtype: torch.dtype, C: int, call: str, which: str) -> Compilation:
-    wide, options = C > NARROW, _CALLS[call]
+def compilation(
+    chip: Chip,
+    dtype: torch.dtype,
+    C: int,
+    call: str,
+    options: tuple[str, ...],
+    which: str,
+    op: str = "cross-entropy",
+    gradient: torch.dtype | None = None,
+    in_place: bool = False,
+) -> Compilation:
+    """One kernel for logits of `dtype`, and a gradient of the same type if it is not named."""
+    wide, gradient = C > NARROW, gradient or dtype
     chosen = tile(C, dtype.itemsize, chip.warp_size, "softcap" in options)
     kernel = _KERNELS[which, wide]
     absent = {
@@ -338,7 +395,11 @@ def _compilation(chip: Chip, dtype: torch.dtype, C: int, call: str, which: str) 
         "total_weight": "weights" not in options or "smoothing" not in options,
         "grad_lses": "gradient of lse" not in options,
         "amounts": "probabilities" not in options,
-        "at_targets": True,
+        "at_targets": not in_place,
+        "gradients": in_place,
+        "gradient_stride": in_place or "padded" not in options,
+        "first_class": "first class" not in options,
+        "floors": "floors" not in options,
     }
     constants: dict[str, Any] = {
         "SMOOTHED": "smoothing" in options,
@@ -346,30 +407,37 @@ def _compilation(chip: Chip, dtype: torch.dtype, C: int, call: str, which: str) 
         "PARTIAL": "slice" in options,
         "IN_PHASE": True,
         "TARGET_IN_PHASE": "probabilities" in options,
-        "LANES": VECTOR_BYTES // dtype.itemsize,
+        "LANES": VECTOR_BYTES // (gradient if which == "backward" else dtype).itemsize,
         "BLOCK": chosen.block,
         "ROWS": chosen.rows,
         **{name: None for name, is_absent in absent.items() if is_absent},
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     accumulator, pointer = POINTERS[accumulator_dtype(dtype)], POINTERS[dtype]
-    kinds = _VALUES | dict.fromkeys(("logits", "gradients"), pointer)
-    kinds["targets"] = pointer if "probabilities" in options else "*i64"
+    kinds = VALUES | {"logits": pointer, "at_targets": pointer, "gradients": POINTERS[gradient]}
+    kinds["targets"] = POINTERS[gradient] if "probabilities" in options else "*i64"
+    if "wide gradient of lse" in options:
+        kinds["grad_lses"] = "*fp64"
     if "slice" in options:
         kinds.update(dict.fromkeys(("losses", "lses"), "*fp64"))
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, accumulator)
         for name in kernel.arg_names
     }
-    name = str(dtype).removeprefix("torch.")
+    name = str(gradient).removeprefix("torch.")
     return Compilation(
-        name=f"cross-entropy {which} {name} {'wide' if wide else 'narrow'}{call}",
+        name=f"{op} {which} {name} {'wide' if wide else 'narrow'}{call}",
         kernel=kernel,
         signature=signature,
         constants=constants,
-        divisible=tuple(n for n, kind in signature.items() if kind.startswith("*")),
+        divisible=tuple(
+            n
+            for n, kind in signature.items()
+            # A chunk's rows are padded, and its first class is a multiple of 128.
+            if kind.startswith("*") or (n in ("first_class", "gradient_stride") and kind == "i32")
+        ),
         options={"num_warps": chosen.num_warps, "sanitize_overflow": False},
-        instructions=_vector_instructions(chip, dtype, which) if wide else {},
+        instructions=_vector_instructions(chip, dtype, gradient, which) if wide else {},
         work=_WORK[which, "probabilities" in options],
     )
 
@@ -383,10 +451,13 @@ _WORK = {
 }
 
 
-def _vector_instructions(chip: Chip, dtype: torch.dtype, which: str) -> dict[str, str]:
+def _vector_instructions(
+    chip: Chip, dtype: torch.dtype, gradient: torch.dtype, which: str
+) -> dict[str, str]:
     if chip.backend == "cuda":
-        form = {2: "v4.b32", 4: "v4.b32", 8: "v2.b64"}[dtype.itemsize]
-        loads, stores = (rf"{way}\.global(\.\w+)*\.{form}" for way in ("ld", "st"))
+        form = {2: "v4.b32", 4: "v4.b32", 8: "v2.b64"}
+        loads = rf"ld\.global(\.\w+)*\.{form[dtype.itemsize]}"
+        stores = rf"st\.global(\.\w+)*\.{form[gradient.itemsize]}"
     else:
         # An assertion's call of the host has such instructions, too, of another form.
         loads, stores = (

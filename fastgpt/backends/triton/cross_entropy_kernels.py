@@ -56,6 +56,11 @@ def _finite(m):
 
 
 @triton.jit
+def _or(x, default):
+    return default if x is None else x
+
+
+@triton.jit
 def _log1p(x):
     """log(1 + x) for x >= 0: the quotient makes good what rounding took from 1 + x."""
     above = 1 + x
@@ -78,7 +83,7 @@ def _logits(at, there, cap, dtype: tl.constexpr, CAPPED: tl.constexpr):
 
 @triton.jit
 def _target(
-    targets, stride, rows, in_range, ignore_index, classes,
+    targets, stride, first_class, rows, in_range, ignore_index, classes,
     PROBABILITIES: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """The rows' targets, -1 where there is none; which of them there are; and which rows count."""
@@ -86,6 +91,8 @@ def _target(
         return tl.full(rows.shape, -1, tl.int32), in_range & (rows < 0), in_range
     t = tl.load(targets + rows * stride, mask=in_range, other=0)
     kept = in_range & (t != ignore_index)
+    if first_class is not None:
+        t -= first_class
     exists = (t >= 0) & (t < classes)
     here = kept & exists
     if not PARTIAL:
@@ -257,8 +264,9 @@ def _slopes(
     at_target *= g
     B = g * amount
     if grad_lses is not None:
-        at_target += g_lse * _probability(e_t, total, PARTIAL)
-        B += g_lse
+        # In float64 where that is the type of g_lse, since one may take most of the other away.
+        at_target += (g_lse * _probability(e_t, total, PARTIAL)).to(g.dtype)
+        B = (g.to(g_lse.dtype) * amount + g_lse).to(g.dtype)
     if CAPPED:
         at_target *= slope
     return m, _probability(B, total, PARTIAL), uniform, at_target
@@ -275,7 +283,7 @@ def _probability(x, total, PARTIAL: tl.constexpr):
 
 @triton.jit
 def _gradient(
-    x_at, q_at, column, there, weights, slopes, shares, cap, dtype: tl.constexpr,
+    x_at, q_at, column, there, weights, slopes, floor, shares, cap, dtype: tl.constexpr,
     SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, PROBABILITIES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of some columns, from their logits, as if the target were not among them."""
@@ -284,7 +292,10 @@ def _gradient(
     y = tl.load(x_at, mask=there, other=0).to(dtype)
     if CAPPED:
         y, slope = capped(y, cap, FULL)
-    z = exp(y - m, FULL) * at_others
+    z = exp(y - m, FULL)
+    if floor is not None:
+        z = tl.where(z < floor, 0, z)
+    z *= at_others
     if PROBABILITIES:
         z -= uniform * _share(q_at, there, column, weights, shares, dtype, SMOOTHED)
     elif SMOOTHED:
@@ -357,6 +368,7 @@ def forward_wide(
     rests,
     row_stride: tl.int64,
     target_stride: tl.int64,
+    first_class,  # of the logits, from which the targets are counted; None: 0
     classes: tl.int32,
     ignore_index: tl.int64,
     hard: tl.float64,
@@ -375,8 +387,9 @@ def forward_wide(
     wide: tl.constexpr = losses.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     t, here, kept = _target(
-        targets, target_stride, row, row >= 0, ignore_index, classes, PROBABILITIES, PARTIAL
-    )
+        targets, target_stride, first_class, row, row >= 0, ignore_index, classes,
+        PROBABILITIES, PARTIAL,
+    )  # fmt: skip
     if kept:
         x_row = logits + row * row_stride
         cap = cap_of(softcap, dtype)
@@ -498,10 +511,13 @@ def backward_wide(
     row_max,
     rests,
     gradients,  # None: the logits
+    gradient_stride,  # None: the number of classes
+    floors,  # what exp(y - m) must reach, or else it is 0; None: everything does
     grad_stride: tl.int64,
     lse_stride: tl.int64,
     row_stride: tl.int64,
     target_stride: tl.int64,
+    first_class,  # of the logits, from which the targets are counted; None: 0
     classes: tl.int32,
     stripes: tl.int32,  # of a row, each one program's
     stripe_blocks: tl.int32,
@@ -522,8 +538,9 @@ def backward_wide(
     row = (tl.program_id(0) // stripes).to(tl.int64)
     stripe = tl.program_id(0) % stripes
     t, here, kept = _target(
-        targets, target_stride, row, row >= 0, ignore_index, classes, PROBABILITIES, PARTIAL
-    )
+        targets, target_stride, first_class, row, row >= 0, ignore_index, classes,
+        PROBABILITIES, PARTIAL,
+    )  # fmt: skip
     x_row = logits + row * row_stride
     q_row = x_row  # of no use to classes
     A = 0
@@ -542,7 +559,10 @@ def backward_wide(
     )  # fmt: skip
     out = x_row
     if gradients is not None:
-        out = gradients + row * classes
+        out = gradients + row * _or(gradient_stride, classes)
+    floor = None
+    if floors is not None:
+        floor = tl.load(floors + row)
     head, body = _body(out, classes, LANES)
     x_aligned = _aligned(x_row, head, IN_PHASE)
     q_aligned = _aligned(q_row, head, TARGET_IN_PHASE)
@@ -553,7 +573,7 @@ def backward_wide(
         there = offset < body
         y = _gradient(
             x_aligned + offset, q_aligned + offset, head + offset, there & kept, weights, slopes,
-            shares, cap, dtype, SMOOTHED, CAPPED, PROBABILITIES,
+            floor, shares, cap, dtype, SMOOTHED, CAPPED, PROBABILITIES,
         )  # fmt: skip
         if not PROBABILITIES:
             y = _put(y, slopes[3], offset, t - head, start, BLOCK)
@@ -562,7 +582,7 @@ def backward_wide(
         column, edge = _edges(head, body, classes, LANES)
         z = _gradient(
             x_row + column, q_row + column, column, edge & kept, weights, slopes,
-            shares, cap, dtype, SMOOTHED, CAPPED, PROBABILITIES,
+            floor, shares, cap, dtype, SMOOTHED, CAPPED, PROBABILITIES,
         )  # fmt: skip
         if not PROBABILITIES:
             z = tl.where(column == t, slopes[3], z)
@@ -584,6 +604,7 @@ def forward_narrow(
     rests,
     row_stride: tl.int64,
     target_stride: tl.int64,
+    first_class,  # of the logits, from which the targets are counted; None: 0
     N,
     classes: tl.int32,
     ignore_index: tl.int64,
@@ -602,8 +623,9 @@ def forward_narrow(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_range = rows < N
     t, here, kept = _target(
-        targets, target_stride, rows, in_range, ignore_index, classes, PROBABILITIES, PARTIAL
-    )
+        targets, target_stride, first_class, rows, in_range, ignore_index, classes,
+        PROBABILITIES, PARTIAL,
+    )  # fmt: skip
     x_rows = logits + rows * row_stride
     cap = cap_of(softcap, dtype)
     y_t, reference = _at_target(x_rows, t, here, kept, cap, dtype, CAPPED, PROBABILITIES, PARTIAL)
@@ -651,10 +673,13 @@ def backward_narrow(
     row_max,
     rests,
     gradients,  # None: the logits
+    gradient_stride,  # None: the number of classes
+    floors,  # what exp(y - m) must reach, or else it is 0; None: everything does
     grad_stride: tl.int64,
     lse_stride: tl.int64,
     row_stride: tl.int64,
     target_stride: tl.int64,
+    first_class,  # of the logits, from which the targets are counted; None: 0
     N,
     classes: tl.int32,
     ignore_index: tl.int64,
@@ -672,8 +697,9 @@ def backward_narrow(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     in_range = rows < N
     t, here, kept = _target(
-        targets, target_stride, rows, in_range, ignore_index, classes, PROBABILITIES, PARTIAL
-    )
+        targets, target_stride, first_class, rows, in_range, ignore_index, classes,
+        PROBABILITIES, PARTIAL,
+    )  # fmt: skip
     x_rows = logits + rows * row_stride
     column = tl.arange(0, BLOCK)[None, :]
     there = in_range & (column < classes)
@@ -693,13 +719,16 @@ def backward_narrow(
         total_weight, rows, t, here, kept, classes, hard, spread, cap,
         SMOOTHED, CAPPED, PROBABILITIES, PARTIAL,
     )  # fmt: skip
+    floor = None
+    if floors is not None:
+        floor = tl.load(floors + rows, mask=in_range, other=0)
     y = _gradient(
         x_rows + column, q_at, column, there & kept, weights, slopes,
-        shares, cap, dtype, SMOOTHED, CAPPED, PROBABILITIES,
+        floor, shares, cap, dtype, SMOOTHED, CAPPED, PROBABILITIES,
     )  # fmt: skip
     if not PROBABILITIES:
         y = tl.where(column == t, slopes[3], y)
     out = x_rows
     if gradients is not None:
-        out = gradients + rows * classes
+        out = gradients + rows * _or(gradient_stride, classes)
     tl.store(out + column, y.to(out.dtype.element_ty), mask=there)

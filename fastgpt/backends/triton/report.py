@@ -22,7 +22,7 @@ from fastgpt.backends.triton import aot
 from fastgpt.backends.triton.aot import Compilation
 from fastgpt.backends.triton.chips import CHIPS, RELATIVES, Chip
 
-OPS = ("cross_entropy", "attention")
+OPS = ("cross_entropy", "linear_cross_entropy", "attention")
 KNOWN = CHIPS | RELATIVES
 
 # An H200: copying, and multiplying bfloat16 matrices, as measured with torch.
@@ -114,13 +114,19 @@ class Limit(NamedTuple):
 
 
 def roofline() -> list[Limit]:
-    """The paths of both ops for the shapes by which they are compared."""
+    """The paths of all ops for the shapes by which they are compared."""
     limits = []
     for N, C in ((2048, 50304), (16384, 128256)):
         for dtype, size in (("bfloat16", 2), ("float32", 4)):
             shape = f"{N} x {C} {dtype}"
             for path, passes in (("forward", 1), ("backward", 2)):
                 limits.append(Limit(f"cross-entropy {path}", shape, passes * N * C * size, "B"))
+    for N, D, C in ((8192, 768, 50257), (8192, 4096, 128256)):
+        for path, products in (("", 3), (" in slices", 4)):
+            shape = f"({N}, {D}) x {C} bfloat16"
+            limits.append(
+                Limit(f"linear cross-entropy{path}", shape, products * 2 * N * C * D, "FLOP")
+            )
     for B, H, L, D in ((1, 8, 4096, 128), (2, 12, 1024, 64), (1, 16, 16384, 128)):
         product = 2 * B * H * L * L * D / 2  # causal: half of the pairs
         for path, products in (("forward", 2), ("query gradient", 3), ("key gradient", 4)):
@@ -223,9 +229,10 @@ is the memory of a block; *occupancy* is how many blocks a multiprocessor holds 
 share of its threads that is; *instructions* is how many of those that matter stand in the code."""
 
 ROOFLINE = """What a path has to move or to compute, and the time that means at an H200's 4.3 TB/s
-and 790 TFLOP/s in bfloat16. Attention's backward takes two passes, so that it needs no atomics:
-three products for the query's gradient and four for key's and value's, where one pass would do with
-five."""
+and 790 TFLOP/s in bfloat16. Linear cross-entropy is forward and backward in one; in slices of the
+classes it forms the logits twice. Attention's backward takes two passes, so that it needs no
+atomics: three products for the query's gradient and four for key's and value's, where one pass
+would do with five."""
 
 
 def document(rows: list[Row], version: str) -> str:
