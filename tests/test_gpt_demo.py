@@ -42,7 +42,7 @@ def _small(tmp_path, monkeypatch):
 
 def test_every_variants_step_has_the_same_loss_to_rounding(monkeypatch):
     monkeypatch.setattr(compare, "_peak_in_fresh_process", lambda *task: None)  # has its own test
-    measurements = compare_variants(TINY, 4, repeats=3)
+    measurements = compare_variants(TINY, 4, repeats=9)
     assert tuple(measurements) == VARIANTS
     for m in measurements.values():
         assert m.loss == pytest.approx(measurements[FUSED].loss, rel=1e-6)
@@ -53,10 +53,14 @@ def test_every_variants_step_has_the_same_loss_to_rounding(monkeypatch):
 
 
 def test_a_variant_changes_one_operation_or_its_ratio_means_nothing():
-    for operation, (fused, *others) in SECTIONS.items():
-        assert fused == FUSED
-        fixed = "attention" if operation == "cross-entropy" else "loss"
-        assert {getattr(variant, fixed) for variant in others} == {"fused"}
+    for operation, variants in SECTIONS.items():
+        assert next(iter(variants.values())) == FUSED
+        changed, fixed = (
+            ("attention", "loss") if operation == "attention" else ("loss", "attention")
+        )
+        for name, variant in variants.items():
+            assert getattr(variant, changed) == name
+            assert getattr(variant, fixed) == getattr(FUSED, fixed)
 
 
 def test_what_is_timed_calls_the_variants_loss_and_attention(monkeypatch):
@@ -68,13 +72,21 @@ def test_what_is_timed_calls_the_variants_loss_and_attention(monkeypatch):
     for function in ("loss_function", "attention_function"):
         monkeypatch.setattr(compare, function, spy(getattr(compare, function)))
     step = compare._training_step(TINY, 1)
-    step(Variant("", loss="naive", attention="explicit"))
-    step(Variant("", loss="torch", attention="fused"))
+    step(Variant(loss="naive", attention="explicit"))
+    step(Variant(loss="torch", attention="fused"))
     assert called == ["explicit", "naive", "fused", "torch"]
     called.clear()
-    compare._cross_entropy_alone(TINY, 1)(Variant("", loss="naive"))
-    compare._attention_alone(TINY, 1)(Variant("", attention="explicit"))
+    compare._loss_alone(TINY, 1)(Variant(loss="naive"))
+    compare._attention_alone(TINY, 1)(Variant(attention="explicit"))
     assert called == ["naive", "explicit"]
+
+
+def test_the_time_of_every_loss_is_that_of_the_projection_too_or_they_do_not_compare():
+    run = compare._loss_alone(TINY, 2)
+    results = [run(variant) for variant in SECTIONS["projection + loss"].values()]
+    assert [gradient.shape for gradient in results[0]] == [(2 * 16, 64), (512, 64)]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-7)
 
 
 def test_attention_alone_runs_on_heads_that_lie_in_memory_as_the_models_do(monkeypatch):
@@ -96,32 +108,39 @@ def test_attention_alone_runs_on_heads_that_lie_in_memory_as_the_models_do(monke
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("operation", "shape", "written_out"),
+    ("lean", "other", "shape", "tensor"),
     [
-        ("cross-entropy", {"vocab_size": 65_536}, 32 * 16 * 65_536),  # one more (N, V)
-        ("attention", {"block_size": 512, "n_layer": 1}, 32 * 2 * 512 * 512),  # (B, nh, T, T)
+        # One more (N, V) in the written out form, and no (N, V) at all without logits.
+        (Variant(loss="torch"), Variant(loss="naive"), {"vocab_size": 65_536}, 32 * 16 * 65_536),
+        (FUSED, Variant(loss="cross_entropy"), {"vocab_size": 65_536}, 32 * 16 * 65_536),
+        # (B, nh, T, T)
+        (
+            Variant(attention="torch"), Variant(attention="explicit"),
+            {"block_size": 512, "n_layer": 1}, 32 * 2 * 512 * 512,
+        ),
     ],
-)
-def test_peak_memory_counts_the_tensors_that_the_written_out_form_adds(
-    operation, shape, written_out
-):
-    _, torchs, written = SECTIONS[operation]
+    ids=["naive", "logits", "attention"],
+)  # fmt: skip
+def test_peak_memory_counts_the_tensors_that_another_form_adds(lean, other, shape, tensor):
     config = dataclasses.replace(TINY, **shape)
-    peaks = [compare._peak_in_fresh_process(v, config, batch_size=32) for v in (torchs, written)]
-    extra = written_out * 4 / 2**20
+    peaks = [compare._peak_in_fresh_process(v, config, batch_size=32) for v in (lean, other)]
+    extra = tensor * 4 / 2**20
     assert peaks[1] > peaks[0] + 0.9 * extra
     assert peaks[0] < 5 * extra
 
 
 def test_the_table_gives_ratios_to_the_fused_step_and_each_sections_own_operation():
-    operation_ms = {"cross-entropy": 5.0, "attention": 3.0}
+    operation_ms = {"projection + loss": 5.0, "attention": 3.0}
     rows = {variant: Measurement(9.0, 125.0, operation_ms, 7.0) for variant in VARIANTS}
     rows[FUSED] = Measurement(9.0, 50.0, operation_ms, None)
     sections = [section.splitlines() for section in table(rows).split("\n\n")]
-    assert [[line.split()[0] for line in lines] for lines in sections] == [
-        ["cross-entropy", "fused", "torch", "naive"],
-        ["attention", "fused", "torch", "explicit"],
+    assert [[line.split()[0] for line in lines[1:]] for lines in sections] == [
+        ["linear_cross_entropy", "cross_entropy", "torch", "naive"],
+        ["fused", "torch", "explicit"],
     ]
+    for lines, operation in zip(sections, SECTIONS, strict=True):
+        assert lines[0].startswith(operation)
+        assert f"of it {operation}  " in lines[0]
     for lines, own in zip(sections, (" 5.0 ms", " 3.0 ms"), strict=True):
         assert len({len(line) for line in lines}) == 1, "the columns line up"
         assert "1.00x" in lines[1]
@@ -157,11 +176,12 @@ def test_the_demonstration_trains_samples_and_reports(tmp_path, monkeypatch, cap
     out = tmp_path / "run"
     assert demo.main(["--minutes", "0.15", "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "cross_entropy on cpu runs on" in text
-    assert "scaled_dot_product_attention on cpu runs on" in text
+    for function in ("linear_cross_entropy", "cross_entropy", "scaled_dot_product_attention"):
+        assert f"\n{function} on cpu runs on" in text
     assert "ln(512) 6.238" in text
     assert "bigram model" in text
-    assert text.count("\nnaive") == text.count("\nexplicit") == 2, "the table, twice"
+    for row in ("linear_cross_entropy", "cross_entropy", "naive", "explicit"):
+        assert text.count(f"\n{row}  ") == 2, "the table, twice"
     assert "\ndef " in text, "the sample"
     assert (out / "loss.png").exists()
     assert (out / "latest.safetensors").exists()

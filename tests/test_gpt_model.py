@@ -7,11 +7,13 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgpt
 from fastgpt.gpt import GPT, PRESETS, GPTConfig, TrainConfig
+from fastgpt.gpt.config import LOSSES
 from fastgpt.gpt.errors import UsageError
-from fastgpt.gpt.model import attention_function, loss_function
+from fastgpt.gpt.model import attention_function, loss_function, of_logits
 
 SMALL = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -134,32 +136,115 @@ def test_model_calls_fastgpts_functions_by_their_public_names(monkeypatch):
 
         monkeypatch.setattr(fastgpt, name, record)
 
-    spy("cross_entropy")
+    spy("linear_cross_entropy")
     spy("scaled_dot_product_attention")
     idx = torch.zeros(1, 4, dtype=torch.int64)
     small_gpt()(idx, idx)
-    assert called == ["scaled_dot_product_attention"] * 2 + ["cross_entropy"]
+    assert called == ["scaled_dot_product_attention"] * 2 + ["linear_cross_entropy"]
 
 
 def test_targets_of_minus_100_teach_nothing():
     model = small_gpt()
     idx, targets = torch.randint(SMALL.vocab_size, (2, 2, 8))
     targets[:, 5:] = -100
-    logits, loss = model(idx, targets)
+    logits = model(idx)[0]
     expected = F.cross_entropy(logits[:, :5].flatten(0, 1), targets[:, :5].flatten())
-    torch.testing.assert_close(loss, expected)
+    for name in ("linear_cross_entropy", "cross_entropy", "torch"):
+        torch.testing.assert_close(model(idx, targets, loss_function(name))[1], expected)
 
 
-def test_the_three_losses_agree_in_value_and_gradient(best_kernel):
-    logits, target = best_kernel.placed((torch.randn(50, 61), torch.randint(61, (50,))))
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_call_gives_logits_or_with_targets_a_loss_whichever_it_is(name):
+    model = small_gpt()
+    idx, targets = torch.randint(SMALL.vocab_size, (2, 2, 8))
+    logits, none = model(idx)
+    assert logits.shape == (2, 8, SMALL.vocab_size)
+    assert none is None
+    none, loss = model(idx, targets, loss_function(name))
+    assert none is None
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def test_every_loss_gives_one_model_the_same_loss_and_gradients(best_kernel):
+    idx, targets = best_kernel.placed(torch.randint(SMALL.vocab_size, (2, 3, 16)).unbind())
     results = []
-    for name in ("fused", "torch", "naive"):
-        x = logits.clone().requires_grad_()
-        loss = loss_function(name)(x, target)
+    for name in LOSSES:
+        model = small_gpt().to(best_kernel.device)
+        loss = model(idx, targets, loss_function(name))[1]
         loss.backward()
-        results.append((loss.detach(), x.grad))
+        results.append((loss.detach(), *(parameter.grad for parameter in model.parameters())))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_of_logits_gets_those_of_the_model():
+    model = small_gpt()
+    idx, targets = torch.randint(SMALL.vocab_size, (2, 3, 8))
+    got = []
+
+    def record(logits, targets):
+        got.extend((logits, targets))
+        return logits.sum()
+
+    _, loss = model(idx, targets, of_logits(record))
+    torch.testing.assert_close(got, [model(idx)[0].flatten(0, 1), targets.flatten()])
+    assert loss.item() == got[0].sum().item()
+
+
+class LargestStorage(TorchDispatchMode):
+    """Notes the bytes of the largest storage of any tensor that an operator returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(result, torch.Tensor):
+                self.largest = max(self.largest, result.untyped_storage().nbytes())
+        return results
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=["float32", "autocast"]
+)
+def test_a_training_step_never_holds_the_logits(best_native, dtype, size):
+    model = small_gpt(vocab_size=2000)
+    idx, targets = torch.randint(2000, (2, 64, 16))
+    largest = {}
+    for name in ("linear_cross_entropy", "cross_entropy"):
+        with LargestStorage() as storage:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(idx, targets, loss_function(name))[1]
+            loss.backward()
+        largest[name] = storage.largest
+    logits = 64 * 16 * 2000 * size
+    assert largest["cross_entropy"] >= logits
+    assert largest["linear_cross_entropy"] < logits / 2
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_compiled_model_gives_the_loss_and_the_gradients_of_the_model(name):
+    model, loss_fn = small_gpt(), loss_function(name)
+    idx, targets = torch.randint(SMALL.vocab_size, (2, 3, 16))
+    results = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        loss = forward(idx, targets, loss_fn)[1]
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "cross_entropy", "torch"])
+def test_under_autocast_the_loss_is_float32_and_near_that_of_a_float32_model(name):
+    model, loss_fn = small_gpt(), loss_function(name)
+    idx, targets = torch.randint(SMALL.vocab_size, (2, 3, 16))
+    expected = model(idx, targets, loss_fn)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(idx, targets, loss_fn)[1]
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() != expected.item(), "or autocast did nothing"
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_the_three_attentions_give_one_model_the_same_logits_and_gradients(best_kernel):
@@ -209,7 +294,10 @@ def test_every_block_calls_the_attention_in_use_and_the_weights_do_not_hold_it()
 @pytest.mark.parametrize(
     ("choose", "message"),
     [
-        (loss_function, "loss must be one of fused, torch, naive, got 'flash'"),
+        (
+            loss_function,
+            "loss must be one of linear_cross_entropy, cross_entropy, torch, naive, got 'flash'",
+        ),
         (attention_function, "attention must be one of fused, torch, explicit, got 'flash'"),
     ],
 )
@@ -262,7 +350,7 @@ def test_a_model_that_cannot_be_built_is_refused_with_the_values(settings, messa
         ({"lr": 1e-3, "min_lr": 1e-2}, r"min_lr must be in \[0, lr=0.001\], got 0.01"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"vocab_size": 100}, "vocab_size must be at least 256, the bytes, got 100"),
-        ({"loss": "mse"}, "loss must be one of fused, torch, naive, got 'mse'"),
+        ({"loss": "fused"}, "loss must be one of linear_cross_entropy, .*, naive, got 'fused'"),
     ],
 )
 def test_a_training_run_that_cannot_work_is_refused_with_the_values(settings, message):

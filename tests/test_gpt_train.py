@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastgpt.gpt import GPT, GPTConfig, TrainConfig
+from fastgpt.gpt import GPT, GPTConfig, TrainConfig, train
 from fastgpt.gpt.checkpoint import load_checkpoint, save_checkpoint
+from fastgpt.gpt.config import LOSSES
 from fastgpt.gpt.errors import CheckpointError, UsageError
 from fastgpt.gpt.metrics import MetricsFile, Row, draw_loss, read_metrics
 from fastgpt.gpt.optim import learning_rate, make_optimizer
@@ -154,16 +155,34 @@ def test_training_beats_the_bigram_model_on_held_out_text(text, tmp_path):
     assert last.val_loss < 0.9 * trainer.bigram_loss
 
 
-def test_fused_torch_and_naive_losses_follow_the_same_curve(text, tmp_path):
+def test_training_follows_the_same_curve_with_every_loss(text, tmp_path):
     curves = {}
-    for loss in ("fused", "torch", "naive"):
+    for loss in LOSSES:
         settings = options(text, steps=40, log_interval=1, eval_interval=40, loss=loss)
         trainer = make_trainer({**settings, "out": tmp_path / loss})
         trainer.run()
         curves[loss] = torch.tensor([row.train_loss for row in trainer.metrics.rows[1:]])
-    assert curves["fused"][-1] < curves["fused"][0] - 1, "there is a curve"
-    torch.testing.assert_close(curves["fused"], curves["torch"], rtol=2e-5, atol=0)
-    torch.testing.assert_close(curves["fused"], curves["naive"], rtol=2e-5, atol=0)
+    expected = curves.pop("torch")
+    assert expected[-1] < expected[0] - 1, "there is a curve"
+    for curve in curves.values():
+        torch.testing.assert_close(curve, expected, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss", [None, *LOSSES])
+def test_a_run_trains_with_the_loss_asked_for_and_by_default_without_logits(
+    text, tmp_path, monkeypatch, loss
+):
+    asked = []
+
+    def record(name):
+        asked.append(name)
+        return lambda x, weight, targets: x.new_tensor(7.0)
+
+    monkeypatch.setattr(train, "loss_function", record)
+    chosen = {} if loss is None else {"loss": loss}
+    trainer = make_trainer({**options(text), **chosen, "out": tmp_path / "run"})
+    assert asked == [loss or "linear_cross_entropy"]
+    assert trainer.evaluate() == 7.0
 
 
 def test_two_micro_batches_give_the_gradient_of_one_twice_as_large(text, tmp_path):
@@ -316,6 +335,20 @@ def test_the_best_checkpoint_is_of_the_lowest_validation_loss(text, tmp_path, mo
     assert load_checkpoint(run / "latest.safetensors")[1]["step"] == 4
 
 
+def test_a_run_whose_loss_was_named_fused_goes_on_with_the_loss_that_it_had(text, tmp_path):
+    straight = make_trainer(options(text, loss="cross_entropy", out=tmp_path / "straight"))
+    straight.run()
+    stopped = make_trainer(options(text, loss="cross_entropy", out=tmp_path / "run"))
+    interrupt_after(stopped, 13)
+    stopped.run()
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "loss": "fused"}))
+    resumed = make_trainer({"resume": tmp_path / "run"})
+    assert resumed.config.loss == load_config(tmp_path / "run").loss == "cross_entropy"
+    resumed.run()
+    assert comparable(resumed.metrics.rows) == comparable(straight.metrics.rows)
+
+
 def test_what_cannot_be_resumed_is_refused(text, tmp_path):
     run = tmp_path / "run"
     make_trainer(options(text, steps=1, out=run)).run()
@@ -334,7 +367,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(text, tmp_pa
     run = tmp_path / "run"
     trainer = make_trainer(options(text, out=run))
     loss_fn = trainer.loss_fn
-    trainer.loss_fn = lambda logits, y: loss_fn(logits, y) * (math.nan if trainer.step > 9 else 1)
+    trainer.loss_fn = lambda *tensors: loss_fn(*tensors) * (math.nan if trainer.step > 9 else 1)
     with pytest.raises(UsageError, match="the loss is nan by step 15"):
         trainer.run()
     tensors, saved = load_checkpoint(run / "latest.safetensors")

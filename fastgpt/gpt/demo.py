@@ -1,7 +1,7 @@
 """The demonstration: `python -m fastgpt.gpt.demo`, at most five minutes on two CPU cores.
 
 Trains a GPT on the source of the Python standard library, with as many steps as fit the time on
-this machine; prints what the fused loss and attention are worth in a training step, how far the
+this machine; prints what the fused losses and attention are worth in a training step, how far the
 validation loss falls below a bigram model's, and a sample.
 """
 
@@ -123,10 +123,14 @@ def plan(settings: TrainConfig, done: int, seconds: float, pace: float) -> Train
 
 
 def _print_kernels(config: GPTConfig, batch_size: int) -> None:
-    """Say which kernels the fused loss and attention run here."""
+    """Say which kernels the fused losses and attention run here."""
     rows, head_dim = batch_size * config.block_size, config.n_embd // config.n_head
+    x = torch.zeros(rows, config.n_embd, requires_grad=True)
+    weight = torch.zeros(config.vocab_size, config.n_embd, requires_grad=True)
     logits = torch.zeros(rows, config.vocab_size, requires_grad=True)
-    print(fastgpt.explain(fastgpt.cross_entropy, logits, torch.zeros(rows, dtype=torch.int64)))
+    targets = torch.zeros(rows, dtype=torch.int64)
+    print(fastgpt.explain(fastgpt.linear_cross_entropy, x, weight, targets))
+    print(fastgpt.explain(fastgpt.cross_entropy, logits, targets))
     q = torch.zeros(batch_size, config.n_head, config.block_size, head_dim, requires_grad=True)
     print(fastgpt.explain(fastgpt.scaled_dot_product_attention, q, q, q, is_causal=True))
 

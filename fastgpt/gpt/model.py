@@ -17,10 +17,11 @@ from torch.nn import functional as F
 import fastgpt
 
 from .cache import KeyValueCache
-from .config import GPTConfig
+from .config import LOSSES, GPTConfig
 from .errors import UsageError
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), targets (N,) -> a scalar
+# Features (N, C), the output layer's matrix (V, C), targets (N,) -> a scalar
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionFunction = Callable[..., Tensor]  # called like F.scaled_dot_product_attention
 
 
@@ -117,19 +118,21 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, loss_fn: LossFunction | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The logits (B, T, V) for tokens `idx` (B, T) int64, and the mean loss against `targets`.
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits, None) for tokens `idx` (B, T) int64, or with `targets` (None, their mean loss).
 
-        targets (B, T) int64, the next token of each position, or -100 where there is none to learn
-        from; without targets the loss is None. `loss_fn` defaults to `fastgpt.cross_entropy`.
+        logits are (B, T, V); where there is a loss to compute they need not exist, and whether they
+        do is `loss_fn`'s affair. targets (B, T) int64 are the next token of each position, or -100
+        where there is none to learn from. `loss_fn` is called as `fastgpt.linear_cross_entropy`,
+        the default, with features (B*T, C), the matrix (V, C) and targets (B*T,); `of_logits` makes
+        such a function of one that takes logits.
         Raises UsageError (a ValueError) if T exceeds the config's block_size.
         """
-        logits = self.lm_head(self.features(idx))  # (B, T, V)
+        x = self.features(idx)  # (B, T, C)
         if targets is None:
-            return logits, None
-        loss_fn = loss_fn or fastgpt.cross_entropy
-        loss = loss_fn(logits.flatten(0, 1), targets.flatten())  # (B*T, V), (B*T,)
-        return logits, loss
+            return self.lm_head(x), None  # (B, T, V)
+        loss_fn = loss_fn or fastgpt.linear_cross_entropy
+        return None, loss_fn(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def features(self, idx: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What the output layer multiplies: (B, T, C) for tokens (B, T).
@@ -179,16 +182,27 @@ class GPT(nn.Module):
 
 
 def loss_function(name: str) -> LossFunction:
-    """The cross-entropy called "fused", "torch" or "naive"; "naive" knows no ignored targets."""
-    if name == "fused":
-        return fastgpt.cross_entropy
+    """The loss of that name: one of `LOSSES`, of which "naive" knows no ignored targets."""
+    if name == "linear_cross_entropy":
+        return fastgpt.linear_cross_entropy
+    if name == "cross_entropy":
+        return of_logits(fastgpt.cross_entropy)
     if name == "torch":
-        return F.cross_entropy
+        return of_logits(F.cross_entropy)
     if name == "naive":
         from fastgpt.backends.eager.cross_entropy import naive_cross_entropy
 
-        return naive_cross_entropy
-    raise UsageError(f"loss must be one of fused, torch, naive, got {name!r}")
+        return of_logits(naive_cross_entropy)
+    raise UsageError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+
+
+def of_logits(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> LossFunction:
+    """For `GPT.forward`, a loss of logits (N, V) and targets (N,), after the output layer."""
+
+    def of_features(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return loss_fn(F.linear(x, weight), targets)
+
+    return of_features
 
 
 def attention_function(name: str) -> AttentionFunction:

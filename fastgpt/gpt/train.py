@@ -86,7 +86,7 @@ class Trainer:
             dropout=config.dropout,
         )
         self.model = GPT(model_config).to(self.device)
-        self.forward: Callable[..., tuple[Tensor, Tensor]] = (
+        self.forward: Callable[..., tuple[None, Tensor]] = (
             torch.compile(self.model) if config.compile else self.model
         )
         self.optimizer = make_optimizer(self.model, config)
@@ -361,7 +361,10 @@ def pick_device(name: str) -> torch.device:
 
 def load_config(run: Path) -> TrainConfig:
     """The settings of a run folder. Raises CheckpointError if there are none."""
-    return TrainConfig(**_read_json(run / "config.json"))
+    settings = _read_json(run / "config.json")
+    if settings.get("loss") == "fused":  # its name in runs from before linear_cross_entropy
+        settings["loss"] = "cross_entropy"
+    return TrainConfig(**settings)
 
 
 def load_tokenizer(run: Path) -> Any:
@@ -445,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{data.corpus}: {len(data.train):,} tokens to train on and {len(data.val):,} held out, "
         f"{data.tokenizer.kind} vocabulary {data.tokenizer.vocab_size:,}\n"
         f"model {config.preset}: {trainer.model.num_parameters():,} parameters on "
-        f"{trainer.device}; {config.tokens_per_step:,} tokens a step; {config.loss} loss; "
+        f"{trainer.device}; {config.tokens_per_step:,} tokens a step; loss {config.loss}; "
         f"{config.dtype}\n"
         f"to compare with: ln(vocabulary) {math.log(data.tokenizer.vocab_size):.4f}"
         + (f", bigram model {bigram:.4f} (validation loss)" if bigram is not None else "")
