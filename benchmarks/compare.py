@@ -20,10 +20,8 @@ from benchmarks import UnavailableError, gates, peers
 from benchmarks.gates import Errors, Function, Inputs
 from benchmarks.memory import cuda_peak_bytes, peak_bytes
 from benchmarks.peers import Provider
-from benchmarks.shapes import Shape
+from benchmarks.shapes import PASSES, Shape
 from benchmarks.timing import CpuRunner, CudaRunner
-
-PASSES = ("forward", "backward", "full")
 
 
 class RedGateError(AssertionError):
@@ -56,7 +54,7 @@ class Comparison:
     shape: Shape
     kernel: str  # the backend that ran for fastgpt
     threads: int
-    input_bytes: int  # of what is differentiated
+    input_bytes: int  # of what is differentiated, and so of the gradients
     rows: list[Row]
     floor_rates: dict[str, float] = field(default_factory=dict)
     floor_operations: str = ""
@@ -70,25 +68,42 @@ class Comparison:
 
     def ratio(self, provider: str, which: str) -> tuple[float, float, float]:
         """Lower quartile, median and upper quartile of the provider's time over fastgpt's."""
+        return self._quartiles(self.row(provider).seconds[which], which)
+
+    def better_of_torch(self) -> tuple[str, tuple[float, float, float]] | None:
+        """Which of torch's own functions is faster, and the ratio; None where there is only one."""
+        which = self.shape.passes[-1]
+        own = [row for row in self.rows if row.provider in peers.TORCH and row.measured]
+        if len(own) < 2 and self.shape.goal is None:
+            return None
+        best = min(own, key=lambda row: row.median(which))
+        return best.provider, self._quartiles(best.seconds[which], which)
+
+    def _quartiles(self, seconds: list[float], which: str) -> tuple[float, float, float]:
         own = self.row(peers.FASTGPT).seconds[which]
-        ratios = [a / b for a, b in zip(self.row(provider).seconds[which], own, strict=True)]
+        ratios = [a / b for a, b in zip(seconds, own, strict=True)]
         return tuple(statistics.quantiles(ratios, n=4, method="inclusive"))  # type: ignore[return-value]
 
     def as_json(self) -> dict[str, Any]:
         result = asdict(self)
         result["shape"]["dtype"] = str(self.shape.dtype)
         result["rounds"] = self.rounds
+        result["better_of_torch"] = self.better_of_torch()
         result.update(result.pop("floor_rates"))
         for row, plain in zip(self.rows, result["rows"], strict=True):
             if row.measured:
                 plain["median_seconds"] = {p: row.median(p) for p in PASSES}
-                plain["ratio_quartiles"] = {p: self.ratio(row.provider, p) for p in PASSES}
+                plain["ratio_quartiles"] = {
+                    p: self.ratio(row.provider, p) for p in self.shape.passes
+                }
         return result
 
 
-def compare(shape: Shape, budget: float = 15.0, rounds: tuple[int, int] = (5, 300)) -> Comparison:
+def compare(
+    shape: Shape, budget: float = 15.0, rounds: tuple[int, int] | None = None
+) -> Comparison:
     """Gate the op's providers and measure them for about `budget` seconds, within limits on the
-    rounds.
+    rounds, which are the shape's fewest and 300.
 
     Raises RedGateError if fastgpt or torch eager fails its gate. Another provider that fails is
     left out, with the reason in its row. Raises UnavailableError if a GPU is too small.
@@ -116,9 +131,10 @@ def compare(shape: Shape, budget: float = 15.0, rounds: tuple[int, int] = (5, 30
     floor = None
     try:
         floor = runners[shape.floor_name] = shape.floor()
+        floor()  # the others have run, for the gate and for their memory
     except UnavailableError as unavailable:
         floor_row.reason = str(unavailable)
-    _interleave(runners, rows, budget, rounds)
+    _interleave(runners, rows, budget, rounds or (shape.fewest_rounds, 300))
 
     input_bytes = sum(x.nbytes for x in inputs.wanted)
     result = Comparison(shape, kernel, torch.get_num_threads(), input_bytes, list(rows.values()))
@@ -160,9 +176,10 @@ def _gate(
         if row.reason:
             continue
         row.errors = errors[provider.name]
-        row.reason = gates.red(
-            row.errors, errors[peers.EAGER], largest, provider.allowed, shape.dtype
-        )
+        gated = row.errors
+        if provider.sums_loss_in_type and shape.dtype.itemsize < 4:
+            gated = {part: error for part, error in gated.items() if part != "loss"}
+        row.reason = gates.red(gated, errors[peers.EAGER], largest, provider.allowed, shape.dtype)
         if row.reason:
             row.red = True
             del functions[provider.name]
@@ -199,8 +216,6 @@ def _interleave(
     order = list(runners)
     shuffle = random.Random(0).shuffle
     least, most = rounds
-    for run in runners.values():
-        run()
     gc.collect()
     gc.disable()
     try:
@@ -243,44 +258,62 @@ def headline(comparison: Comparison) -> str:
             for name, rate in comparison.floor_rates.items()
         )
         parts.append(f"{rates} ({comparison.floor_operations})")
+    if better := comparison.better_of_torch():
+        name, (low, median, high) = better
+        goal = comparison.shape.goal
+        parts.append(
+            f"the better of torch's own, {name}, ÷ fastgpt: {median:.2f} [{low:.2f}, {high:.2f}]"
+            + (f", goal {goal:g}" if goal else "")
+        )
     return "; ".join(parts)
 
 
 def markdown(comparison: Comparison) -> str:
-    """Median times; the ratios to fastgpt's time as median [quartiles] over the rounds; and what
-    the median time means as a rate of the work that can't be avoided, with the share of the floor.
+    """Median times; the ratios to fastgpt's time as median [quartiles] over the rounds; what the
+    median time means as a rate of the work that can't be avoided, with the share of the floor; and
+    the peak memory beside the inputs, over their size, and what of it is no gradient. Ratios and
+    rates are of the passes in which the providers do the same work.
     """
     shape = comparison.shape
     host = bool(comparison.row(peers.FASTGPT).host_seconds)
     lines = [
         "| | forward | backward | both | forward ÷ fastgpt | backward ÷ fastgpt | "
-        "both ÷ fastgpt | forward rate | backward rate | peak memory ÷ inputs | gradient error |"
-        + " host |"
-        * host,
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * host,
+        "both ÷ fastgpt | forward rate | backward rate | rate of both | peak memory ÷ inputs | "
+        "beyond gradients | gradient error |" + " host |" * host,
+        "|---|" + "--:|" * (12 + host),
     ]
+    forward, backward = shape.work()
+    work = {"forward": forward, "backward": backward, "full": forward + backward}
     floor = comparison.row(shape.floor_name)
     for row in comparison.rows:
         if not row.measured:
-            lines.append(f"| {row.provider} | {row.reason} |" + " |" * (9 + host))
+            lines.append(f"| {row.provider} | {row.reason} |" + " |" * (11 + host))
             continue
         cells = [row.provider] + [_time(row.median(which)) for which in PASSES]
         for which in PASSES:
-            low, median, high = comparison.ratio(row.provider, which)
-            cells.append(
-                "1" if row.provider == peers.FASTGPT else f"{median:.2f} [{low:.2f}, {high:.2f}]"
-            )
-        for which, work in zip(PASSES, shape.work(), strict=False):
-            rate = _rate(work / row.median(which), shape.unit)
+            if which not in shape.passes:
+                cells.append("")
+            elif row.provider == peers.FASTGPT:
+                cells.append("1")
+            else:
+                low, median, high = comparison.ratio(row.provider, which)
+                cells.append(f"{median:.2f} [{low:.2f}, {high:.2f}]")
+        for which in PASSES:
+            if which not in shape.passes:
+                cells.append("")
+                continue
+            rate = _rate(work[which] / row.median(which), shape.unit)
             if floor.measured:
                 rate += f" ({floor.median(which) / row.median(which):.0%})"
             cells.append(rate)
         if row.peak_bytes is None or row.errors is None:
-            cells += ["", ""]
+            cells += ["", "", ""]
         else:
-            cells.append(f"{row.peak_bytes / comparison.input_bytes:.2f}")
+            inputs = comparison.input_bytes
+            cells.append(f"{row.peak_bytes / inputs:.2f}" if inputs else "")
+            cells.append(f"{max(0, row.peak_bytes - inputs) / 2**20:.1f} MiB")
             _, *gradient_errors = row.errors.values()
-            cells.append(f"{max(gradient_errors):.1e}")
+            cells.append(f"{max(gradient_errors):.1e}" if gradient_errors else "")
         if host:
             times = row.host_seconds
             cells.append(_time(statistics.median(times)) if times else "")

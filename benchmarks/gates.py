@@ -25,13 +25,15 @@ class Inputs(NamedTuple):
 
     arguments: tuple[Tensor, ...]
     keywords: dict[str, Any]
-    wanted: tuple[Tensor, ...]  # the gradients are of these
+    wanted: tuple[Tensor, ...]  # the gradients are of these; none: the value alone is wanted
     upstream: Tensor | None = None  # None: the value is a scalar
 
     def value(self, function: Function) -> Tensor:
         return function(*self.arguments, **self.keywords)
 
     def gradients(self, value: Tensor) -> tuple[Tensor, ...]:
+        if not self.wanted:
+            return ()
         return torch.autograd.grad(value, self.wanted, self.upstream)
 
     def copied(self) -> "Inputs":
@@ -157,3 +159,61 @@ def _update(errors: Errors, difference: Tensor, column: Tensor) -> None:
     difference = difference.abs().nan_to_num_(nan=math.inf)  # which max() would pass over
     errors["target"] = max(errors["target"], _largest(difference.gather(1, column)))
     errors["others"] = max(errors["others"], _largest(difference.scatter_(1, column, 0)))
+
+
+# ---- linear cross-entropy ----
+
+
+def linear_cross_entropy_errors(
+    inputs: Inputs, functions: dict[str, Function]
+) -> tuple[dict[str, Errors], Errors]:
+    """The errors of each function in the loss, in the gradient of the inputs and in those of the
+    rows of the matrix, of classes that are some row's target and of others, which are much smaller;
+    and the largest reference values they are errors of.
+
+    The reference is computed for a few rows at a time: the logits in float64 would not fit.
+    """
+    x, W, target = (tensor.detach() for tensor in inputs.arguments)
+    got = {}
+    for name, function in functions.items():
+        loss = inputs.value(function)
+        got[name] = loss.item(), inputs.gradients(loss)
+
+    kept = target.ge(0).nonzero().squeeze(1)  # the ignored rows have gradients of 0
+    wide = W.double()
+    of_input = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    of_weight = torch.zeros_like(wide)
+    truth = 0.0
+    for rows in kept.split(max(1, (32 << 20) // len(W))):
+        column = target[rows].unsqueeze(1)
+        some = x[rows].double()
+        log_p = torch.log_softmax(some @ wide.t(), 1)
+        truth -= log_p.gather(1, column).sum().item() / len(kept)
+        if inputs.wanted:
+            gradient = log_p.exp_().scatter_add_(
+                1, column, torch.full_like(column, -1, dtype=torch.float64)
+            )
+            gradient /= len(kept)
+            of_input[rows] = gradient @ wide
+            of_weight.addmm_(gradient.t(), some)
+
+    largest = {"loss": abs(truth)}
+    errors = {name: {"loss": abs(loss - truth)} for name, (loss, _) in got.items()}
+    if inputs.wanted:
+        targets = torch.zeros(len(W), dtype=torch.bool, device=W.device)
+        targets[target[kept]] = True
+        largest |= _linear_parts(of_input, of_weight, targets)
+        for name, (_, (own_of_input, own_of_weight)) in got.items():
+            errors[name] |= _linear_parts(
+                own_of_input - of_input, own_of_weight - of_weight, targets
+            )
+    return errors, largest
+
+
+def _linear_parts(of_input: Tensor, of_weight: Tensor, targets: Tensor) -> Errors:
+    rows = of_weight.abs().amax(1).nan_to_num_(nan=math.inf)
+    return {
+        "input": _largest(of_input.abs().nan_to_num_(nan=math.inf)),
+        "targets' weight": _largest(rows.where(targets, 0)),
+        "others' weight": _largest(rows.where(~targets, 0)),
+    }

@@ -365,8 +365,9 @@ def stages(quick: bool) -> list[Stage]:
         _tests("device tests", budget(135, 40), DEVICE_TESTS, quick),
         _tests("ordinary tests on the GPU", budget(115, 15), ORDINARY_TESTS, quick),
         _sanitizer(quick, budget(35, 0)),
-        _benchmark("cross_entropy", quick, budget(80, 32)),
-        _benchmark("attention", quick, budget(110, 36)),
+        _benchmark("cross_entropy", quick, budget(65, 23)),
+        _benchmark("attention", quick, budget(85, 25)),
+        _benchmark("linear_cross_entropy", quick, budget(55, 23)),
     ]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import fastgpt
 from benchmarks import UnavailableError
 from benchmarks.gates import Function
-from benchmarks.shapes import AttentionShape, CrossEntropyShape, Shape
+from benchmarks.shapes import AttentionShape, CrossEntropyShape, LinearCrossEntropyShape, Shape
 from fastgpt.backends.eager.attention import causal_mask
 from fastgpt.backends.eager.cross_entropy import naive_cross_entropy
 
@@ -28,21 +28,36 @@ class Provider:
     build: Callable[..., Function]  # of a shape; may raise UnavailableError
     allowed: float | None = 2.0  # times torch's own error; None: only roughly right
     destroys: bool = False  # the input, which is put back before each call
+    # Sums the losses of chunks in a 16-bit type. With many of them the sum is off by some percent,
+    # which is known, and no reason not to measure it.
+    sums_loss_in_type: bool = False
 
 
 FASTGPT = "fastgpt"
 IN_PLACE = "fastgpt, in place"
+RECOMPUTE = "fastgpt, recompute"
+UNFUSED = "matmul, fastgpt"
 EAGER = "torch eager"
+CHUNKED = "torch chunked"
 COMPILED = "torch.compile"
 NAIVE = "naive"
 MATH = "torch math"
 
+# Another kernel's own roundings, of weights to 16 bits and of sums in whatever order: a peer may be
+# that much less accurate than torch and still compute the same thing. fastgpt may not.
+_ALLOWED = 4.0
+
+TORCH = (EAGER, CHUNKED)  # what a user of torch has without a compiler
+
 
 def _compiled_cross_entropy(shape: CrossEntropyShape) -> Function:
+    return _compiled(shape, F.cross_entropy)
+
+
+def _compiled(shape: Shape, function: Function) -> Function:
     """Compiled for this very shape, and warmed up on it."""
     torch._dynamo.reset()
-    compiled = torch.compile(F.cross_entropy, dynamic=False, fullgraph=True)
-    return _tried(shape, compiled)
+    return _tried(shape, torch.compile(function, dynamic=False, fullgraph=True))
 
 
 def _tried(shape: Shape, function: Function) -> Function:
@@ -123,11 +138,60 @@ ATTENTION = (
 )
 
 
-# ---- on a GPU ----
+# ---- linear cross-entropy ----
 
-# Another kernel's own roundings, of weights to 16 bits and of sums in whatever order: a peer may be
-# that much less accurate than torch and still compute the same thing. fastgpt may not.
-_ALLOWED = 4.0
+
+def matmul_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    """The logits in memory, in the input's type: what F.linear_cross_entropy does, too."""
+    return F.cross_entropy(F.linear(input, linear_weight), target)
+
+
+def _matmul_fastgpt(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    return fastgpt.cross_entropy(F.linear(input, linear_weight), target)
+
+
+def _recompute(shape: LinearCrossEntropyShape) -> Function:
+    if not shape.training:
+        raise UnavailableError("the same without gradients")
+    return functools.partial(fastgpt.linear_cross_entropy, recompute=True)
+
+
+def chunked_cross_entropy() -> Function:
+    """torch's own by chunks of the rows, with the options that it chooses."""
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options is None:
+        raise UnavailableError(f"torch {torch.__version__} has none")
+    return functools.partial(F.linear_cross_entropy, options=options())
+
+
+def _chunked(shape: LinearCrossEntropyShape) -> Function:
+    function = chunked_cross_entropy()
+    if shape.device == "cuda":
+        return _tried(shape, function)
+    # Not tried: a call takes up to half a minute, and what it may raise is known.
+    chunks, gradient = min(shape.N, shape.C // shape.D), 4 * shape.C * shape.D
+    if shape.training and chunks * gradient > 32e9:
+        raise UnavailableError(
+            f"minutes: some {chunks} chunks, each of which goes over {gradient / 1e6:.0f} MB"
+        )
+    return function
+
+
+def _compiled_linear_cross_entropy(shape: LinearCrossEntropyShape) -> Function:
+    return _compiled(shape, matmul_cross_entropy)
+
+
+LINEAR_CROSS_ENTROPY = (
+    Provider(FASTGPT, lambda shape: fastgpt.linear_cross_entropy),
+    Provider(RECOMPUTE, _recompute),
+    Provider(UNFUSED, lambda shape: _matmul_fastgpt),
+    Provider(EAGER, lambda shape: matmul_cross_entropy),
+    Provider(CHUNKED, _chunked, _ALLOWED, sums_loss_in_type=True),
+    Provider(COMPILED, _compiled_linear_cross_entropy),
+)
+
+
+# ---- on a GPU ----
 
 
 def _import(package: str, module: str, name: str) -> Any:
@@ -158,11 +222,19 @@ def _quack(shape: CrossEntropyShape) -> Function:
     return _tried(shape, function)
 
 
-def _apple(shape: CrossEntropyShape) -> Function:
-    _import("cut_cross_entropy", "cut_cross_entropy", "linear_cross_entropy")
-    raise UnavailableError(
-        "of hidden states, not of logits: for linear_cross_entropy, still to come"
+def _liger_linear(shape: LinearCrossEntropyShape) -> Function:
+    function = _import(
+        "liger_kernel", "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
     )
+    return _tried(shape, function)
+
+
+def _apple(**options: str) -> Callable[[LinearCrossEntropyShape], Function]:
+    def build(shape: LinearCrossEntropyShape) -> Function:
+        function = _import("cut_cross_entropy", "cut_cross_entropy", "linear_cross_entropy")
+        return _tried(shape, functools.partial(function, **options))
+
+    return build
 
 
 def _sdpa(backend: str) -> Callable[[AttentionShape], Function]:
@@ -208,7 +280,6 @@ CUDA_CROSS_ENTROPY = (
     Provider(NAIVE, _naive_cross_entropy, allowed=None),
     Provider("Liger", _liger, _ALLOWED, destroys=True),
     Provider("quack", _quack, _ALLOWED),
-    Provider("Apple CCE", _apple, _ALLOWED),
 )
 
 CUDA_ATTENTION = (
@@ -221,9 +292,24 @@ CUDA_ATTENTION = (
     Provider("FlexAttention", _flex_attention, _ALLOWED),
 )
 
+# Apple's by default leaves the small probabilities out of the gradient, which of these logits are
+# all but the target's: its gate says so.
+CUDA_LINEAR_CROSS_ENTROPY = (
+    Provider(FASTGPT, lambda shape: fastgpt.linear_cross_entropy),
+    Provider(RECOMPUTE, _recompute),
+    Provider(EAGER, lambda shape: matmul_cross_entropy),
+    Provider(CHUNKED, _chunked, _ALLOWED, sums_loss_in_type=True),
+    Provider(COMPILED, _compiled_linear_cross_entropy, _ALLOWED),
+    Provider("Liger", _liger_linear, _ALLOWED),
+    Provider("Apple CCE", _apple(), _ALLOWED),
+    Provider("Apple CCE, exact", _apple(impl="cce_exact"), _ALLOWED),
+)
+
 PROVIDERS = {
     ("cross_entropy", "cpu"): CROSS_ENTROPY,
     ("attention", "cpu"): ATTENTION,
+    ("linear_cross_entropy", "cpu"): LINEAR_CROSS_ENTROPY,
     ("cross_entropy", "cuda"): CUDA_CROSS_ENTROPY,
     ("attention", "cuda"): CUDA_ATTENTION,
+    ("linear_cross_entropy", "cuda"): CUDA_LINEAR_CROSS_ENTROPY,
 }

@@ -12,11 +12,15 @@ of several torch operations is fastest on this machine.
 Attention is bound by arithmetic: its floor is the number of floating-point operations over the rate
 of multiply-adds on registers alone (gemm.py).
 
+Linear cross-entropy is bound by arithmetic with many rows and by the bytes of its matrix with few:
+its floor is the larger of the two, where what is read and written are the inputs and gradients.
+
 On a GPU the floors are what torch itself reaches: a copy of a large tensor, whose read is counted
 as half of it, and a large matrix product of attention's type.
 """
 
 import ctypes
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -153,6 +157,37 @@ class CudaMatmulFloor:
         return {"operations_per_second": self._work[0] / forward}
 
     def close(self) -> None: ...
+
+
+class Roofline:
+    """The larger of two floors: of the arithmetic, and of inputs that are read once and, if their
+    gradients are wanted, written once.
+
+    `memory` gives the seconds of reading, and of copying, the bytes of the inputs.
+    """
+
+    def __init__(self, arithmetic: Floor, memory: Floor, training: bool) -> None:
+        self._arithmetic, self._memory, self._training = arithmetic, memory, training
+        self.operations = f"{arithmetic.operations}; {memory.operations}"
+        self._rates: list[dict[str, float]] = []
+
+    def __call__(self) -> tuple[float, float]:
+        forward, backward = self._arithmetic()
+        read, copy = self._memory()
+        self._rates.append(
+            self._arithmetic.rates(forward, backward) | self._memory.rates(read, copy)
+        )
+        first = max(forward, read)
+        return first, max(forward + backward, copy) - first if self._training else 0.0
+
+    def rates(self, forward: float, backward: float) -> dict[str, float]:
+        """Medians of what was measured: the times say only which of the two was larger."""
+        names = self._rates[0]
+        return {name: statistics.median(rates[name] for rates in self._rates) for name in names}
+
+    def close(self) -> None:
+        self._arithmetic.close()
+        self._memory.close()
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -28,13 +28,16 @@ SIZES = (
 )  # fmt: skip
 
 
-def interleaved(calls: dict[str, Call], seconds: float, least: int = 5) -> dict[str, list[float]]:
+def interleaved(
+    calls: dict[str, Call], seconds: float, least: int = 5, warm: bool = False
+) -> dict[str, list[float]]:
     """Seconds of each call in each round; one after another in a round, so that they share its
-    weather.
+    weather. `warm`: they have run before.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
+    if not warm:
+        for call in calls.values():
+            call()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < least:
         for name, call in calls.items():

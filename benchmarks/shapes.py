@@ -15,16 +15,35 @@ from benchmarks.gates import (
     Inputs,
     attention_errors,
     cross_entropy_errors,
+    linear_cross_entropy_errors,
 )
-from benchmarks.roofline import CudaCopyFloor, CudaMatmulFloor, Floor, FmaFloor, MemoryFloor
+from benchmarks.roofline import (
+    CudaCopyFloor,
+    CudaMatmulFloor,
+    Floor,
+    FmaFloor,
+    MemoryFloor,
+    Roofline,
+)
 from benchmarks.timing import cache_bytes
+
+PASSES = ("forward", "backward", "full")
 
 
 class Shape(Protocol):
-    """What both ops' shapes have. They are dataclasses: their fields go into the report."""
+    """What all ops' shapes have. They are dataclasses: their fields go into the report."""
 
     op: ClassVar[str]
     unit: ClassVar[str]  # of `work` in a second
+    fewest_rounds: ClassVar[int]
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Those of PASSES in which the providers do the same work."""
+
+    @property
+    def goal(self) -> float | None:
+        """The ratio to the better of torch's own that is wanted, where there is more than one."""
 
     @property
     def floor_name(self) -> str: ...
@@ -75,6 +94,9 @@ class CrossEntropyShape:
     op: ClassVar = "cross_entropy"
     floor_name: ClassVar = "memory floor"
     unit: ClassVar = "B/s"
+    fewest_rounds: ClassVar = 5
+    passes: ClassVar = PASSES
+    goal: ClassVar = None
 
     name: str
     rows: int
@@ -163,6 +185,9 @@ class AttentionShape:
 
     op: ClassVar = "attention"
     unit: ClassVar = "FLOP/s"
+    fewest_rounds: ClassVar = 5
+    passes: ClassVar = PASSES
+    goal: ClassVar = None
 
     name: str
     B: int
@@ -261,6 +286,112 @@ ATTENTION = (
     AttentionShape("attn-512-full-fp32", 2, 12, 12, 512, 512, 64, False, _fp32, "... and without"),
 )
 
+# ---- linear cross-entropy ----
+
+
+@dataclass(frozen=True)
+class LinearCrossEntropyShape:
+    """Hidden states (N, D), a matrix (C, D) and class-index targets.
+
+    fastgpt forms the gradients in the forward, torch in the backward: only both together compare.
+    """
+
+    op: ClassVar = "linear_cross_entropy"
+    unit: ClassVar = "FLOP/s"
+    fewest_rounds: ClassVar = 3  # of calls that take seconds
+
+    name: str
+    N: int
+    D: int
+    C: int
+    dtype: torch.dtype
+    why: str
+    goal: float | None = None
+    ignored: float = 0.0  # the fraction of the rows whose target is ignored
+    training: bool = True  # else the loss alone, of inputs that need no gradient
+    quick: bool = True
+    device: str = "cpu"
+
+    @property
+    def floor_name(self) -> str:
+        return "FMA floor" if self.device == "cpu" else "matmul floor"
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("full",) if self.training else ("forward",)
+
+    @property
+    def input_bytes(self) -> int:
+        return (self.N + self.C) * self.D * self.dtype.itemsize
+
+    def inputs(self) -> Inputs:
+        """Normal hidden states and a matrix that makes normal logits of them."""
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def normal(rows: int, std: float) -> torch.Tensor:
+            x = torch.empty(rows, self.D, dtype=self.dtype, device=self.device)
+            return x.normal_(0, std, generator=generator).requires_grad_(self.training)
+
+        x, W = normal(self.N, 1), normal(self.C, self.D**-0.5)
+        target = torch.randint(self.C, (self.N,), generator=generator, device=self.device)
+        order = torch.randperm(self.N, generator=generator, device=self.device)
+        target[order[self._kept :]] = -100
+        return Inputs((x, W, target), {}, (x, W) if self.training else ())
+
+    @property
+    def _kept(self) -> int:
+        return self.N - round(self.N * self.ignored)
+
+    def errors(
+        self, inputs: Inputs, functions: dict[str, Function]
+    ) -> tuple[dict[str, Errors], Errors]:
+        return linear_cross_entropy_errors(inputs, functions)
+
+    def bytes_needed(self, functions: int) -> int:
+        """The gradients of each function, the float64 matrix and gradient of the gate, and five
+        tensors of the logits' size in a function that has them.
+        """
+        logits = self.N * self.C * self.dtype.itemsize
+        return (functions + 1) * self.input_bytes + 3 * 8 * self.C * self.D + 5 * logits
+
+    def work(self) -> tuple[float, float]:
+        """Floating-point operations of the rows that are not ignored: the logits, and the two
+        products that make the gradients of them.
+        """
+        matmul = 2.0 * self._kept * self.D * self.C
+        return matmul, 2 * matmul if self.training else 0.0
+
+    def floor(self) -> Floor:
+        if self.device == "cpu":
+            return Roofline(
+                FmaFloor(self.work(), self.dtype), MemoryFloor(self.input_bytes), self.training
+            )
+        return Roofline(
+            CudaMatmulFloor(self.work(), self.dtype),
+            CudaCopyFloor(self.input_bytes),
+            self.training,
+        )
+
+    def __str__(self) -> str:
+        kind = f" {self.ignored:.0%} ignored" if self.ignored else ""
+        kind += "" if self.training else " loss only"
+        return f"{_type_name(self.dtype)} {self.N}x{self.D}x{self.C}{kind}"
+
+
+_Linear = LinearCrossEntropyShape
+
+# The goals for half the rows are twice those for all of them: what is ignored should cost nothing.
+LINEAR_CROSS_ENTROPY = (
+    _Linear("linear-gpt2-fp32", 2048, 768, 50304, _fp32, "GPT-2's head", 2.5),
+    _Linear("linear-gpt2-bf16", 2048, 768, 50304, _bf16, "the same in 16 bits", 1.4),
+    _Linear("linear-half-fp32", 2048, 768, 50304, _fp32, "half prompts", 5.0, ignored=0.5),
+    _Linear("linear-half-bf16", 2048, 768, 50304, _bf16, "the same in 16 bits", 2.8, ignored=0.5),
+    _Linear("linear-small-fp32", 256, 384, 8192, _fp32, "a small model's"),
+    _Linear("linear-wide-bf16", 512, 256, 262144, _bf16, "many classes: all of them logits"),
+    _Linear("linear-loss-fp32", 2048, 768, 50304, _fp32, "as in an evaluation", training=False),
+)
+
+
 # ---- on a GPU ----
 
 
@@ -304,7 +435,21 @@ CUDA_ATTENTION = (
     _attention_on_gpu("attn-fp32", 2, 12, 12, 1024, 64, _fp32, "GPT-2's heads in 32 bits"),
 )
 
+
+def _linear_on_gpu(
+    name: str, N: int, D: int, C: int, why: str, quick: bool = False
+) -> LinearCrossEntropyShape:
+    return LinearCrossEntropyShape(name, N, D, C, _bf16, why, quick=quick, device="cuda")
+
+
+CUDA_LINEAR_CROSS_ENTROPY = (
+    _linear_on_gpu("linear-gpt2-bf16", 4096, 2048, 50304, "GPT-2's vocabulary", quick=True),
+    _linear_on_gpu("linear-llama3-bf16", 8192, 4096, 128256, "Llama 3's head", quick=True),
+    _linear_on_gpu("linear-few-bf16", 128, 4096, 128256, "few rows: the matrix is all"),
+    _linear_on_gpu("linear-qwen-bf16", 16384, 2048, 248320, "Qwen 3.5's vocabulary"),
+)
+
 SHAPES: dict[str, tuple[Shape, ...]] = {
-    "cpu": CROSS_ENTROPY + ATTENTION,
-    "cuda": CUDA_CROSS_ENTROPY + CUDA_ATTENTION,
+    "cpu": CROSS_ENTROPY + ATTENTION + LINEAR_CROSS_ENTROPY,
+    "cuda": CUDA_CROSS_ENTROPY + CUDA_ATTENTION + CUDA_LINEAR_CROSS_ENTROPY,
 }

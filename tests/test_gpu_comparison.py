@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 
 import fastgpt
-from benchmarks import UnavailableError, compare, gates, peers, report, timing
+from benchmarks import UnavailableError, compare, gates, peers, report, roofline, timing
 from benchmarks.peers import Provider
 from benchmarks.shapes import (
-    CUDA_ATTENTION,
     CUDA_CROSS_ENTROPY,
+    CUDA_LINEAR_CROSS_ENTROPY,
     SHAPES,
     AttentionShape,
     CrossEntropyShape,
+    LinearCrossEntropyShape,
 )
 
 
@@ -79,10 +80,16 @@ class Attention(OnCpu, AttentionShape):
     pass
 
 
+class Linear(OnCpu, LinearCrossEntropyShape):
+    pass
+
+
 LOSS = Loss("small", 24, 50, torch.float32, "", device="cuda")
 ATTENTION = Attention(
     "small", 2, 4, 2, 20, 20, 8, True, torch.float32, "", fused_qkv=True, device="cuda"
 )
+
+LINEAR = Linear("small", 24, 16, 50, torch.float32, "", goal=2.5, ignored=0.5, device="cuda")
 
 
 class _Destroyer(torch.autograd.Function):
@@ -189,6 +196,122 @@ def test_the_tables_and_files_of_a_gpu_are_not_written(fake_cuda, monkeypatch, t
     assert "no chart: matplotlib is not installed" in capsys.readouterr().out
 
 
+def install(monkeypatch, package, module, **functions):
+    """A package as a peer has it, of such functions."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name if name == package else find(name)
+    )
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
+
+
+def test_a_peer_of_linear_cross_entropy_is_called_otherwise_than_it_is_written(
+    fake_cuda, monkeypatch, capsys
+):
+    """All providers of a GPU on the CPU, with packages that take arguments as Liger's and Apple's
+    do; one of them leaves the small gradients out, as Apple's does by default.
+    """
+
+    def liger(input, weight, target, bias=None, ce_weight=None, ignore_index=-100):
+        return F.cross_entropy(input @ weight.t(), target, ce_weight, ignore_index=ignore_index)
+
+    def apple(e, c, targets, bias=None, ignore_index=-100, impl="cce"):
+        assert ignore_index == -100
+        logits = e @ c.t()
+        if impl == "cce":
+            logits.register_hook(lambda g: g.where(g.abs() > 0.005, 0))
+        else:
+            assert impl == "cce_exact"
+        return F.cross_entropy(logits, targets)
+
+    functional = "liger_kernel.transformers.functional"
+    install(monkeypatch, "liger_kernel", functional, liger_fused_linear_cross_entropy=liger)
+    install(monkeypatch, "cut_cross_entropy", "cut_cross_entropy", linear_cross_entropy=apple)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    found = compare.compare(LINEAR, budget=0, rounds=(3, 3))
+    for provider in peers.CUDA_LINEAR_CROSS_ENTROPY:
+        row = found.row(provider.name)
+        if provider.name == "Apple CCE":
+            assert row.red
+            assert row.errors["others' weight"] > 1e-3
+        elif provider.name == peers.CHUNKED and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            assert "has none" in row.reason
+        else:
+            assert not row.reason, row
+            assert len(row.seconds["full"]) == 3
+    assert "÷ fastgpt: " in compare.headline(found)
+    assert "goal 2.5" in compare.headline(found)
+    header, _, *rows = compare.markdown(found).splitlines()
+    assert len({row.count("|") for row in (header, *rows)}) == 1
+    json.dumps(found.as_json())
+
+
+def test_the_better_of_torchs_two_is_the_worse(fake_cuda, monkeypatch):
+    def slow(*arguments):
+        time.sleep(0.02)
+        return peers.matmul_cross_entropy(*arguments)
+
+    own = [
+        Provider(peers.FASTGPT, lambda shape: fastgpt.linear_cross_entropy),
+        Provider(peers.EAGER, lambda shape: slow),
+        Provider(peers.CHUNKED, lambda shape: peers.matmul_cross_entropy),
+    ]
+    set_providers(monkeypatch, "linear_cross_entropy", *own)
+    found = compare.compare(LINEAR, budget=0, rounds=(3, 3))
+    assert found.better_of_torch() == (peers.CHUNKED, found.ratio(peers.CHUNKED, "full"))
+    # Without the chunked op, the whole one is the better.
+    own[2] = Provider(peers.CHUNKED, unavailable)
+    set_providers(monkeypatch, "linear_cross_entropy", *own)
+    found = compare.compare(LINEAR, budget=0, rounds=(3, 3))
+    assert found.better_of_torch()[0] == peers.EAGER
+
+
+def test_a_loss_alone_is_timed_or_gated_with_its_gradients(fake_cuda, monkeypatch):
+    shape = dataclasses.replace(LINEAR, training=False)
+    set_providers(
+        monkeypatch,
+        "linear_cross_entropy",
+        Provider(peers.FASTGPT, lambda shape: fastgpt.linear_cross_entropy),
+        Provider(peers.RECOMPUTE, peers._recompute),
+        Provider(peers.EAGER, lambda shape: peers.matmul_cross_entropy),
+        Provider("wrong", lambda shape: lambda *x: peers.matmul_cross_entropy(*x) * 1.01),
+    )
+    found = compare.compare(shape, budget=0, rounds=(3, 3))
+    assert found.row(peers.RECOMPUTE).reason == "the same without gradients"
+    assert list(found.row(peers.EAGER).errors) == ["loss"]
+    assert found.row("wrong").red
+    header, _, *rows = compare.markdown(found).splitlines()
+    assert len({row.count("|") for row in (header, *rows)}) == 1
+    assert not shape.inputs().value(peers.matmul_cross_entropy).requires_grad
+
+
+def test_the_sum_of_16_bit_losses_is_held_against_a_peer(fake_cuda, monkeypatch):
+    """torch's chunks add theirs up in 16 bits; a wrong gradient is one all the same."""
+    shape = dataclasses.replace(LINEAR, dtype=torch.bfloat16)
+
+    def off(of_gradient):
+        def function(x, W, target):
+            loss = peers.matmul_cross_entropy(x, W, target)
+            wrong = loss + loss * 0.1
+            return wrong if of_gradient else loss + (wrong - loss).detach()
+
+        return function
+
+    set_providers(
+        monkeypatch,
+        "linear_cross_entropy",
+        Provider(peers.FASTGPT, lambda shape: fastgpt.linear_cross_entropy),
+        Provider(peers.EAGER, lambda shape: peers.matmul_cross_entropy),
+        Provider("known", lambda shape: off(False), sums_loss_in_type=True),
+        Provider("gradient", lambda shape: off(True), sums_loss_in_type=True),
+        Provider("loss", lambda shape: off(False)),
+    )
+    found = compare.compare(shape, budget=0, rounds=(3, 3))
+    assert found.row("known").measured
+    assert "in input" in found.row("gradient").reason
+    assert "in loss" in found.row("loss").reason
+
+
 def test_a_gpu_that_is_too_small_ends_in_an_out_of_memory_error(fake_cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 1000))
     with pytest.raises(UnavailableError, match="GiB of the GPU's memory"):
@@ -210,23 +333,114 @@ def test_the_reference_of_a_head_is_another_heads():
     assert errors["nan"]["output"] == float("inf")
 
 
+@pytest.mark.parametrize("part", ["loss", "input", "targets' weight", "others' weight"])
+def test_an_error_in_a_part_of_linear_cross_entropy_is_not_seen(part):
+    """A wrong number in one place, an ignored row's gradient included, or NaN."""
+
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, W, target, by):
+            with torch.enable_grad():
+                leaves = tuple(y.detach().double().requires_grad_() for y in (x, W))
+                loss = F.cross_entropy(leaves[0] @ leaves[1].t(), target)
+            gradients = [y.float() for y in torch.autograd.grad(loss, leaves)]
+            if part == "input":
+                gradients[0][target == -100, 3] += by
+            elif part != "loss":
+                targets = target[target >= 0]
+                others = [c for c in range(len(W)) if c not in targets]
+                gradients[1][targets[0] if part == "targets' weight" else others[0], 5] += by
+            ctx.save_for_backward(*gradients)
+            return loss.detach().float() + (by if part == "loss" else 0)
+
+        @staticmethod
+        def backward(ctx, g):
+            return *(g * y for y in ctx.saved_tensors), None, None
+
+    inputs = LINEAR.inputs()
+    functions = {
+        str(by): lambda x, W, target, by=by: Off.apply(x, W, target, by)
+        for by in (0.0, 0.25, float("nan"))
+    }
+    errors, largest = gates.linear_cross_entropy_errors(inputs, functions)
+    assert max(errors["0.0"].values()) < 1e-6
+    assert min(largest.values()) > 1e-3
+    for name, error in errors["0.25"].items():
+        assert error == pytest.approx(0.25 if name == part else 0, abs=1e-6), name
+    clean = errors["0.0"]
+    assert not gates.red(clean, clean, largest, 2.0, torch.float32)
+    for by in ("0.25", "nan"):
+        assert f"in {part} against" in gates.red(errors[by], clean, largest, 2.0, torch.float32)
+
+
+class _FakeFloor:
+    operations = "an operation"
+
+    def __init__(self, forward, backward):
+        self.times = forward, backward
+
+    def __call__(self):
+        return self.times
+
+    def rates(self, forward, backward):
+        return {f"rate_{forward:g}": 1 / forward}
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("memory", "training", "floor"),
+    [
+        ((1, 2), True, (3, 6)),  # many rows: arithmetic
+        ((4, 10), True, (4, 6)),  # few: the matrix is read, and its gradient written
+        ((4, 10), False, (4, 0)),
+        ((1, 2), False, (3, 0)),
+    ],
+)
+def test_the_floor_is_the_smaller_or_the_sum_of_two(memory, training, floor):
+    arithmetic, memory = _FakeFloor(3, 6 if training else 0), _FakeFloor(*memory)
+    both = roofline.Roofline(arithmetic, memory, training)
+    assert both() == floor
+    both()
+    assert both.rates(*floor) == arithmetic.rates(3, 0) | memory.rates(*memory.times)
+    both.close()
+    assert arithmetic.closed
+    assert memory.closed
+
+
+def test_ignored_rows_are_work():
+    whole, half = (dataclasses.replace(LINEAR, ignored=part) for part in (0.0, 0.5))
+    assert sum(whole.work()) == 6 * 24 * 16 * 50
+    assert sum(half.work()) == sum(whole.work()) / 2
+    assert half.inputs().arguments[2].lt(0).sum() == 12
+    assert dataclasses.replace(half, training=False).work() == (2 * 12 * 16 * 50, 0)
+
+
 # ---- the peers ----
 
 
-@pytest.mark.parametrize("name", ["Liger", "quack", "Apple CCE"])
-def test_a_peer_that_is_not_installed_has_no_reason(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("providers", "shape", "name"),
+    [
+        (peers.CUDA_CROSS_ENTROPY, CUDA_CROSS_ENTROPY[0], "Liger"),
+        (peers.CUDA_CROSS_ENTROPY, CUDA_CROSS_ENTROPY[0], "quack"),
+        (peers.CUDA_LINEAR_CROSS_ENTROPY, CUDA_LINEAR_CROSS_ENTROPY[0], "Liger"),
+        (peers.CUDA_LINEAR_CROSS_ENTROPY, CUDA_LINEAR_CROSS_ENTROPY[0], "Apple CCE"),
+        (peers.CUDA_LINEAR_CROSS_ENTROPY, CUDA_LINEAR_CROSS_ENTROPY[0], "Apple CCE, exact"),
+    ],
+)
+def test_a_peer_that_is_not_installed_has_no_reason(providers, shape, name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (provider,) = (p for p in peers.CUDA_CROSS_ENTROPY if p.name == name)
+    (provider,) = (p for p in providers if p.name == name)
     with pytest.raises(UnavailableError, match="is not installed"):
-        provider.build(CUDA_CROSS_ENTROPY[0])
+        provider.build(shape)
 
 
-def test_apples_loss_is_compared_with_a_loss_of_logits(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    module = SimpleNamespace(linear_cross_entropy=lambda *x: x)
-    monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
-    with pytest.raises(UnavailableError, match="still to come"):
-        peers._apple(CUDA_CROSS_ENTROPY[0])
+def test_a_torch_without_the_chunked_op_ends_the_comparison(monkeypatch):
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    with pytest.raises(UnavailableError, match="has none"):
+        peers.chunked_cross_entropy()
 
 
 def test_a_peer_that_raises_ends_the_comparison():
@@ -343,6 +557,6 @@ def test_two_shapes_of_a_device_have_one_name():
     for device, shapes in SHAPES.items():
         assert len({shape.name for shape in shapes}) == len(shapes)
         assert {shape.device for shape in shapes} == {device}
-    for op in ("cross_entropy", "attention"):
-        quick = [s for s in CUDA_CROSS_ENTROPY + CUDA_ATTENTION if s.quick and s.op == op]
+    for op in ("cross_entropy", "attention", "linear_cross_entropy"):
+        quick = [s for s in SHAPES["cuda"] if s.quick and s.op == op]
         assert len(quick) == 2
