@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import TRITON, _activate
+from backends import TRITON, activate
 from oracle import DTYPES, half_ulp, random_like
 
 import fastgpt
@@ -25,7 +25,7 @@ of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture
 def triton():
-    yield from _activate(TRITON)
+    yield from activate(TRITON)
 
 
 @pytest.fixture
