@@ -3,35 +3,20 @@
 For each number of processes all cases run in one start of them; the tests look at the results.
 """
 
-import datetime
 import math
-import traceback
-import warnings
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 from linear_cases import LinearProblem, exact_linear, random_problem
 from oracle import random_like, random_probabilities, random_weight, within_half_ulp
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from ranks import OPTIONS, SPLITS, Exchanged, Ranks
 
 import fastgpt
 
 N, C, D = 6, 50, 5
-SPLITS = {2: [(25, 25), (49, 1)], 3: [(17, 17, 16), (1, 30, 19)]}
 EVEN = [even for even, _ in SPLITS.values()]
 NAN, INF = math.nan, math.inf
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "weights": {"weight": True},
-    "smoothing": {"label_smoothing": 0.1},
-    "softcap": {"softcap": 4.0},
-    "z_loss": {"z_loss": 0.01},
-    "everything": {"weight": True, "label_smoothing": 0.1, "softcap": 4.0, "z_loss": 0.01},
-}
 
 
 class Case(NamedTuple):
@@ -178,28 +163,6 @@ def run(case: Case, group: Any = None) -> dict[str, Any]:
         return found
 
 
-class Exchanged(TorchDispatchMode):
-    """The sizes of what the ranks exchange meanwhile."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        # What every collective calls, but what waits for it.
-        if "c10d" in function.namespace and "wait_tensor" not in str(function):
-            self.sizes.append(sum(x.numel() for x in tree_leaves(args) if torch.is_tensor(x)))
-        return function(*args, **(kwargs or {}))
-
-
-def attempt(function, *args) -> Any:
-    """Its result, or the text of what it raised: one case must not keep the others from theirs."""
-    try:
-        return function(*args)
-    except Exception:
-        return traceback.format_exc()
-
-
 def out_of_range(backend: str, target: int, group: Any) -> str:
     x, W, _, t = random_problem(N, 5, D)
     t[2], t[3] = target, -100
@@ -211,40 +174,9 @@ def out_of_range(backend: str, target: int, group: Any) -> str:
     return "nothing was raised"
 
 
-def work(rank: int, size: int, folder: str) -> None:
-    """All cases of one rank."""
-    warnings.simplefilter("error", FutureWarning)
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/init{size}",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=30),
-    )
-    group = torch.distributed.group.WORLD
-    found = {str(c): attempt(run, c, group) for c in cases() if len(c.split) == size}
-    for backend in ("native", "eager"):
-        for target in (-1, 5 * size, 1 << 40):
-            found[backend, target] = attempt(out_of_range, backend, target, group)
-    torch.save(found, f"{folder}/{size}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank found, for each number of ranks: started when first asked for."""
-    results: dict[int, list[dict[Any, Any]]] = {}
-
-    def of(size):
-        if size not in results:
-            folder = str(tmp_path_factory.mktemp("ranks"))
-            torch.multiprocessing.spawn(work, (size, folder), nprocs=size)
-            results[size] = [torch.load(f"{folder}/{size}-{r}.pt") for r in range(size)]
-        return results[size]
-
-    return of
+    return Ranks(tmp_path_factory, cases, run, out_of_range)
 
 
 def close(got, want, dtype, ulps, least=0.0):

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.ops.raw import Launcher, accumulator_dtype, fold
+from fastgpt.ops.raw import Launcher, accumulator_dtype, fold, one_by_one
 
 # ---- the call ----
 
@@ -330,31 +330,16 @@ def define(namespace: str) -> Launcher:
     torch.library.register_fake(backward, new_gradient)
     torch.library.register_fake(in_place, lambda *_: None)
 
-    def per_weight(info, in_dims, operator, inputs):  # type: ignore[no-untyped-def]
-        """Weights of each problem's own: one problem after another."""
-        outputs = [
-            operator(
-                *(
-                    x if dim is None else x.select(dim, i)
-                    for x, dim in zip(inputs, in_dims, strict=True)
-                )
-            )
-            for i in range(info.batch_size)
-        ]
-        if isinstance(outputs[0], Tensor):
-            return torch.stack(outputs), 0
-        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
-
     def forward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
-        if in_dims[2] is not None:
-            return per_weight(info, in_dims, launcher.forward, inputs)
+        if in_dims[2] is not None:  # weights of each problem's own
+            return one_by_one(info, in_dims, launcher.forward, inputs)
         folded = fold(info, in_dims[:2], inputs[:2])
         outputs = launcher.forward(*folded, *inputs[2:])
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * 4
 
     def backward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
         if in_dims[4] is not None:
-            return per_weight(info, in_dims, launcher.backward, inputs)
+            return one_by_one(info, in_dims, launcher.backward, inputs)
         tensors = (*inputs[:4], *inputs[5:7])
         *rows, row_max, rest = fold(info, (*in_dims[:4], *in_dims[5:7]), tensors)
         gradient = launcher.backward(*rows, inputs[4], row_max, rest, *inputs[7:])

@@ -36,7 +36,7 @@ from fastgpt.ops.cross_entropy import (
     _Rows,
     launch,
 )
-from fastgpt.ops.raw import Launcher, accumulator_dtype, fold
+from fastgpt.ops.raw import Launcher, accumulator_dtype, fold, one_by_one
 
 # ---- the call ----
 
@@ -303,18 +303,6 @@ def define(namespace: str) -> Launcher:
     )
     torch.library.register_fake(names[0], _fake_forward)
     torch.library.register_fake(names[1], _fake_gradients)
-
-    def one_by_one(info, in_dims, operator, inputs):  # type: ignore[no-untyped-def]
-        outputs = [
-            operator(
-                *(
-                    x if dim is None else x.select(dim, i)
-                    for x, dim in zip(inputs, in_dims, strict=True)
-                )
-            )
-            for i in range(info.batch_size)
-        ]
-        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
 
     def forward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
         if any(in_dims[i] is not None for i in (1, 2, 4)):

@@ -31,6 +31,24 @@ def fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Any, ...]) -
     return [batched(x, dim) for x, dim in zip(tensors, in_dims, strict=True)]
 
 
+def one_by_one(info: Any, in_dims: tuple[int | None, ...], operator: Any, inputs: Any) -> Any:
+    """A batch of problems, one after another: the outputs and their batch dimensions, for a vmap
+    rule.
+    """
+    outputs = [
+        operator(
+            *(
+                x if dim is None else x.select(dim, i)
+                for x, dim in zip(inputs, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs), 0
+    return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+
+
 def transformed() -> bool:
     """Whether a transform of torch.func, a dual level or the compiler surrounds the call."""
     return (
