@@ -24,32 +24,10 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "cross_entropy_tensors.h"
 
 namespace fastgpt {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::Double:
-      return kFloat64;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Half:
-      return kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
-  }
-  return kFloat32;
-}
-
-ScalarType accumulator_of(DType dtype) {
-  return dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
 
 // Rows that one thread should at least have: less work than this costs less than waking a thread.
 int64_t grain(int64_t row_elements) {
@@ -75,35 +53,7 @@ void advise_huge_pages(const Tensor& tensor) {
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
 constexpr int64_t kStreamRowBytes = 4096;
 
-Tensor new_strided(const Tensor& like, const std::vector<int64_t>& sizes,
-                   const std::vector<int64_t>& strides) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 7> stack{from(like),         from(sizes),        from(strides),
-                                    from(std::nullopt), from(std::nullopt), from(std::nullopt),
-                                    from(std::nullopt)};
-  STD_TORCH_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(),
-                                        TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                  "no memory for a result of ", sizes.size(), " dimensions");
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // ---- cross-entropy ----
-
-// Whether a row's classes lie apart and the positions of a sequence, or the rows, together.
-bool by_columns(const Tensor& x) {
-  return x.size(1) != 1 && x.stride(1) != 1 && x.dim() == 3 && x.stride(2) == 1;
-}
-
-// A plain tensor of N x L rows and how they lie, of (N, C) or (N, C, L).
-Places places_of(const Tensor& x) {
-  return {x.stride(0), x.dim() == 3 ? x.stride(2) : 0, x.stride(1)};
-}
-
-int64_t positions_of(const Tensor& x) { return x.dim() == 3 ? x.size(2) : 1; }
-
-// The kernels read a row with unit stride, or neighbouring positions with unit stride. Other logits
-// are copied: vmap and torch's zero tensors bring some.
-bool readable(const Tensor& x) { return x.size(1) == 1 || x.stride(1) == 1 || by_columns(x); }
 
 // Calls f(row, t) for each row's target.
 template <class F>
@@ -159,81 +109,32 @@ double sum_of(const Tensor& x) {
              : sum_of(static_cast<const float*>(x.const_data_ptr()), x.numel());
 }
 
-// The tensors of a call, checked, and held for as long as the kernels' pointers are used.
-struct CrossEntropyTensors {
-  Tensor logits, target;
-  std::optional<Tensor> weight;
-  DType dtype;
-  int64_t positions, classes, rows;
+// The sum of the weights, of 1 each without them. Only smoothing needs it.
+double total_of(const std::optional<Tensor>& weight, int64_t classes,
+                const CrossEntropyOptions& options) {
+  if (options.spread == 0) return 0;
+  return weight.has_value() ? sum_of(*weight) : double(classes);
+}
 
-  CrossEntropyTensors(const Tensor& logits_in, const Tensor& target_in,
-                      const std::optional<Tensor>& weight_in, int64_t ignore_index, bool partial)
-      : logits(logits_in), target(target_in), weight(weight_in) {
-    STD_TORCH_CHECK(logits.dim() == 2 || logits.dim() == 3, "expected logits (N, C) or (N, C, L)");
-    classes = logits.size(1), positions = positions_of(logits);
-    rows = logits.size(0) * positions;
-    STD_TORCH_CHECK(classes > 0, "expected at least one class");
-    dtype = dtype_of(logits);
-    if (!readable(logits)) logits = torch::stable::contiguous(logits);
-    if (of_probabilities()) {
-      STD_TORCH_CHECK(target.dim() == logits.dim() && target.size(0) == logits.size(0) &&
-                          target.size(1) == classes && positions_of(target) == positions,
-                      "expected probabilities of the shape of the logits");
-      STD_TORCH_CHECK(target.scalar_type() == logits.scalar_type() ||
-                          target.scalar_type() == accumulator_of(dtype),
-                      "expected probabilities of the logits' or the accumulator type");
-      if (by_columns(logits) ? target.stride(2) != 1 : target.stride(1) != 1 && classes != 1) {
-        target = like_logits(target);
-      }
-    } else {
-      STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "expected int64 target");
-      STD_TORCH_CHECK(target.dim() == logits.dim() - 1 && target.size(0) == logits.size(0) &&
-                          (target.dim() == 1 || target.size(1) == positions),
-                      "expected logits (N, C) and target (N,), or (N, C, L) and (N, L)");
-      if (!partial) check_targets(target, classes, ignore_index);
-    }
-    if (weight.has_value()) {
-      STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes &&
-                          weight->scalar_type() == accumulator_of(dtype),
-                      "expected weight of shape (C,) in the accumulator type");
-      *weight = torch::stable::contiguous(*weight);
+// The tensors of a call, checked, their targets, too.
+struct HostTensors : CrossEntropyTensors {
+  HostTensors(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+              const CrossEntropyOptions& options)
+      : CrossEntropyTensors(logits, target, weight), options_(options) {
+    if (!of_probabilities() && !options.partial) {
+      check_targets(this->target, classes, options.ignore_index);
     }
   }
 
-  bool of_probabilities() const { return target.scalar_type() != ScalarType::Long; }
-
-  // Rows of unit stride if the logits are so, else columns.
-  Tensor like_logits(const Tensor& x) const {
-    if (by_columns(logits) || x.dim() == 2) return torch::stable::contiguous(x);
-    return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(x, 1, 2)), 1,
-                                    2);
+  void put_in(CrossEntropy& a) const {
+    CrossEntropyTensors::put_in(a);
+    options_.put_in(a);
+    a.total_weight = total_of(weight, classes, options_);
   }
+  using CrossEntropyTensors::put_in;
 
-  CrossEntropy arguments(int64_t ignore_index, double hard, double spread, double softcap,
-                         bool partial) const {
-    CrossEntropy a{};
-    a.logits = logits.const_data_ptr();
-    a.at = places_of(logits);
-    a.by_columns = by_columns(logits);
-    a.positions = positions;
-    a.classes = classes;
-    if (of_probabilities()) {
-      a.probabilities = target.const_data_ptr();
-      a.probability_at = places_of(target);
-      a.probabilities_wide = target.scalar_type() != logits.scalar_type();
-    } else {
-      a.target = static_cast<const int64_t*>(target.const_data_ptr());
-      a.target_outer = target.stride(0);
-      a.target_inner = target.dim() == 2 ? target.stride(1) : 0;
-    }
-    a.ignore_index = ignore_index;
-    a.partial = partial;
-    if (weight.has_value()) a.weight = weight->const_data_ptr();
-    // Which only smoothing needs.
-    if (spread != 0) a.total_weight = weight.has_value() ? sum_of(*weight) : double(classes);
-    a.hard = hard, a.spread = spread, a.softcap = softcap;
-    return a;
-  }
+ private:
+  CrossEntropyOptions options_;
 };
 
 // The kernels do rows, or groups of neighbouring columns, which no thread's share cuts.
@@ -248,18 +149,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logi
                                                                      int64_t ignore_index,
                                                                      double hard, double spread,
                                                                      double softcap, bool partial) {
-  const CrossEntropyTensors tensors(logits, target, weight, ignore_index, partial);
-  std::vector<int64_t> shape{logits.size(0)};
-  if (logits.dim() == 3) shape.push_back(logits.size(2));
+  const HostTensors tensors(logits, target, weight, {ignore_index, hard, spread, softcap, partial});
   const ScalarType accumulator = accumulator_of(tensors.dtype);
-  const auto per_row = [&](ScalarType type) {
-    return torch::stable::new_empty(logits, shape, type);
-  };
   const ScalarType wide = partial ? ScalarType::Double : accumulator;
-  Tensor loss = per_row(wide), lse = per_row(wide);
-  Tensor row_max = per_row(accumulator), rest = per_row(accumulator);
+  Tensor loss = tensors.per_row(wide), lse = tensors.per_row(wide);
+  Tensor row_max = tensors.per_row(accumulator), rest = tensors.per_row(accumulator);
   CrossEntropyForward a{};
-  static_cast<CrossEntropy&>(a) = tensors.arguments(ignore_index, hard, spread, softcap, partial);
+  tensors.put_in(a);
   a.loss = loss.mutable_data_ptr();
   a.lse = lse.mutable_data_ptr();
   a.row_max = row_max.mutable_data_ptr();
@@ -268,42 +164,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(Tensor logi
   return {loss, lse, row_max, rest};
 }
 
-Upstream upstream_of(const Tensor& g) {
-  return {g.const_data_ptr(), g.stride(0), g.dim() == 2 ? g.stride(1) : 0};
-}
-
-// Everything of a backward but where the gradient goes.
-CrossEntropyBackward backward_arguments(const CrossEntropyTensors& tensors, const Tensor& grad_loss,
-                                        const std::optional<Tensor>& grad_lse,
-                                        const Tensor& row_max, const Tensor& rest,
-                                        int64_t ignore_index, double hard, double spread,
-                                        double softcap, bool partial) {
-  const Tensor* each[] = {&grad_loss, &row_max, &rest, grad_lse.has_value() ? &*grad_lse : &rest};
-  for (const Tensor* v : each) {
-    STD_TORCH_CHECK(v->dim() == tensors.logits.dim() - 1 && v->size(0) == tensors.logits.size(0) &&
-                        (v->dim() == 1 || v->size(1) == tensors.positions) &&
-                        v->scalar_type() == accumulator_of(tensors.dtype),
-                    "expected grad_loss, grad_lse, row_max and rest of the shape of the unreduced "
-                    "loss in the accumulator type");
-  }
-  STD_TORCH_CHECK(row_max.is_contiguous() && rest.is_contiguous(),
-                  "expected contiguous row_max and rest");
-  CrossEntropyBackward a{};
-  static_cast<CrossEntropy&>(a) = tensors.arguments(ignore_index, hard, spread, softcap, partial);
-  a.grad_loss = upstream_of(grad_loss);
-  if (grad_lse.has_value()) a.grad_lse = upstream_of(*grad_lse);
-  a.row_max = row_max.const_data_ptr();
-  a.rest = rest.const_data_ptr();
-  return a;
-}
-
-// A new gradient, dense, its rows or columns as those of the logits. Written by `run`.
+// A new gradient, which `run_rows` writes.
 Tensor new_gradient(const CrossEntropyTensors& tensors, CrossEntropyBackward& a) {
-  const int64_t N = tensors.logits.size(0), C = tensors.classes, L = tensors.positions;
-  Tensor gradient = tensors.logits.dim() == 2 || tensors.logits.stride(1) != 1
-                        ? torch::stable::new_empty(tensors.logits, tensors.logits.sizes())
-                        : new_strided(tensors.logits, {N, C, L}, {C * L, 1, C});
-  const int64_t row_bytes = C * int64_t(gradient.element_size());
+  Tensor gradient = tensors.new_gradient();
+  const int64_t row_bytes = tensors.classes * int64_t(gradient.element_size());
   advise_huge_pages(gradient);
   a.grad_logits = gradient.mutable_data_ptr();
   a.out = places_of(gradient);
@@ -311,14 +175,16 @@ Tensor new_gradient(const CrossEntropyTensors& tensors, CrossEntropyBackward& a)
   return gradient;
 }
 
+// The targets are checked again: whoever calls the operator itself may not have run the forward.
+
 Tensor cross_entropy_backward_cpu(Tensor grad_loss, std::optional<Tensor> grad_lse, Tensor logits,
                                   Tensor target, std::optional<Tensor> weight, Tensor row_max,
                                   Tensor rest, int64_t ignore_index, double hard, double spread,
                                   double softcap, bool partial) {
-  // The targets are checked again: whoever calls the operator itself may not have run the forward.
-  const CrossEntropyTensors tensors(logits, target, weight, ignore_index, partial);
-  CrossEntropyBackward a = backward_arguments(tensors, grad_loss, grad_lse, row_max, rest,
-                                              ignore_index, hard, spread, softcap, partial);
+  const HostTensors tensors(logits, target, weight, {ignore_index, hard, spread, softcap, partial});
+  CrossEntropyBackward a{};
+  tensors.put_in(a);
+  tensors.put_in(a, grad_loss, grad_lse, row_max, rest);
   Tensor gradient = new_gradient(tensors, a);
   run_rows(active_kernels().cross_entropy_backward[tensors.dtype], a, tensors.rows);
   return gradient;
@@ -328,19 +194,15 @@ void cross_entropy_backward_in_place_cpu(Tensor grad_loss, std::optional<Tensor>
                                          Tensor logits, Tensor target, std::optional<Tensor> weight,
                                          Tensor row_max, Tensor rest, int64_t ignore_index,
                                          double hard, double spread, double softcap, bool partial) {
-  STD_TORCH_CHECK(logits.dim() == 2 || logits.dim() == 3, "expected logits (N, C) or (N, C, L)");
-  STD_TORCH_CHECK(readable(logits), "expected logits whose classes or positions lie together");
-  const CrossEntropyTensors tensors(logits, target, weight, ignore_index, partial);
-  CrossEntropyBackward a = backward_arguments(tensors, grad_loss, grad_lse, row_max, rest,
-                                              ignore_index, hard, spread, softcap, partial);
+  check_in_place(logits);
+  const HostTensors tensors(logits, target, weight, {ignore_index, hard, spread, softcap, partial});
+  CrossEntropyBackward a{};
+  tensors.put_in(a);
+  tensors.put_in(a, grad_loss, grad_lse, row_max, rest);
   a.grad_logits = logits.mutable_data_ptr();
   a.out = a.at;
   run_rows(active_kernels().cross_entropy_backward[tensors.dtype], a, tensors.rows);
 }
-
-// ---- the same with the reduction, for fastgpt/ops/cross_entropy_direct.py ----
-
-enum Reduction { kNone = 0, kMean = 1, kSum = 2 };
 
 // What a mean is divided by: the sum of the weights of the targets that count.
 double denominator_of(const CrossEntropyTensors& tensors, int64_t ignore_index) {
@@ -359,84 +221,59 @@ double denominator_of(const CrossEntropyTensors& tensors, int64_t ignore_index) 
   return sum;
 }
 
-void put(Tensor& x, int64_t index, double value) {
-  if (x.scalar_type() == ScalarType::Double) {
-    static_cast<double*>(x.mutable_data_ptr())[index] = value;
+double get(DType dtype, const void* x) {
+  return dtype == kFloat64 ? *static_cast<const double*>(x) : double(*static_cast<const float*>(x));
+}
+
+void put(DType dtype, void* x, double value) {
+  if (dtype == kFloat64) {
+    *static_cast<double*>(x) = value;
   } else {
-    static_cast<float*>(x.mutable_data_ptr())[index] = float(value);
+    *static_cast<float*>(x) = float(value);
   }
 }
 
-// Loss, reduced; and row_max, rest, lse (rows each) and the mean's denominator in one tensor.
 std::tuple<Tensor, Tensor> cross_entropy_reduced_cpu(Tensor logits, Tensor target,
                                                      std::optional<Tensor> weight,
                                                      int64_t ignore_index, double hard,
                                                      double spread, int64_t reduction) {
-  const CrossEntropyTensors tensors(logits, target, weight, ignore_index, false);
-  const ScalarType accumulator = accumulator_of(tensors.dtype);
-  const int64_t rows = tensors.rows;
-  Tensor statistics = torch::stable::new_empty(logits, {4 * rows + 1}, accumulator);
-  const int64_t bytes = int64_t(statistics.element_size()) * rows;
-  char* base = static_cast<char*>(statistics.mutable_data_ptr());
+  const HostTensors tensors(logits, target, weight, {ignore_index, hard, spread, 0, false});
+  const CrossEntropyStatistics statistics = tensors.new_statistics();
   CrossEntropyForward a{};
-  static_cast<CrossEntropy&>(a) = tensors.arguments(ignore_index, hard, spread, 0, false);
-  a.row_max = base;
-  a.rest = base + bytes;
-  a.lse = base + 2 * bytes;
-  a.loss = base + 3 * bytes;
-  Tensor loss = reduction != kNone  ? torch::stable::new_empty(logits, {}, accumulator)
-                : logits.dim() == 2 ? torch::stable::new_empty(logits, {rows}, accumulator)
-                                    : torch::stable::new_empty(
-                                          logits, {logits.size(0), logits.size(2)}, accumulator);
+  tensors.put_in(a);
+  statistics.put_in(a);
+  Tensor loss = tensors.new_loss(reduction);
   if (reduction == kNone) a.loss = loss.mutable_data_ptr();
-  run_rows(active_kernels().cross_entropy_forward[tensors.dtype], a, rows);
-  if (reduction == kNone) return {loss, statistics};
-  double sum = accumulator == ScalarType::Double ? sum_of(static_cast<const double*>(a.loss), rows)
-                                                 : sum_of(static_cast<const float*>(a.loss), rows);
+  run_rows(active_kernels().cross_entropy_forward[tensors.dtype], a, tensors.rows);
+  if (reduction == kNone) return {loss, statistics.tensor};
+  double sum = tensors.dtype == kFloat64 ? sum_of(static_cast<const double*>(a.loss), tensors.rows)
+                                         : sum_of(static_cast<const float*>(a.loss), tensors.rows);
   if (reduction == kMean) {
     const double denominator = denominator_of(tensors, ignore_index);
-    put(statistics, 4 * rows, denominator);
+    put(tensors.dtype, statistics.denominator(), denominator);
     sum /= denominator;
   }
-  put(loss, 0, sum);
-  return {loss, statistics};
+  put(tensors.dtype, loss.mutable_data_ptr(), sum);
+  return {loss, statistics.tensor};
 }
 
 Tensor cross_entropy_reduced_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target,
                                           std::optional<Tensor> weight, Tensor statistics,
                                           int64_t ignore_index, double hard, double spread,
                                           int64_t reduction) {
-  const CrossEntropyTensors tensors(logits, target, weight, ignore_index, false);
-  const int64_t rows = tensors.rows;
-  STD_TORCH_CHECK(statistics.numel() == 4 * rows + 1 &&
-                      statistics.scalar_type() == accumulator_of(tensors.dtype) &&
-                      grad_loss.scalar_type() == statistics.scalar_type(),
-                  "expected grad_loss and the forward's statistics in the accumulator type");
+  const HostTensors tensors(logits, target, weight, {ignore_index, hard, spread, 0, false});
   CrossEntropyBackward a{};
-  static_cast<CrossEntropy&>(a) = tensors.arguments(ignore_index, hard, spread, 0, false);
-  const char* base = static_cast<const char*>(statistics.const_data_ptr());
-  const int64_t bytes = int64_t(statistics.element_size()) * rows;
-  a.row_max = base;
-  a.rest = base + bytes;
+  tensors.put_in(a);
+  const void* denominator = tensors.put_in(a, grad_loss, statistics, reduction);
   double mean = 0;
   float mean_as_float = 0;
-  if (reduction == kNone) {
-    a.grad_loss = upstream_of(grad_loss);
-  } else {
-    a.grad_loss = {grad_loss.const_data_ptr(), 0, 0};
-  }
-  if (reduction == kMean) {
-    const bool wide = tensors.dtype == kFloat64;
-    const void* g = a.grad_loss.data;
-    const void* denominator = base + 4 * bytes;
-    mean = wide ? *static_cast<const double*>(g) / *static_cast<const double*>(denominator)
-                : double(*static_cast<const float*>(g)) /
-                      double(*static_cast<const float*>(denominator));
+  if (denominator) {
+    mean = get(tensors.dtype, a.grad_loss.data) / get(tensors.dtype, denominator);
     mean_as_float = float(mean);
-    a.grad_loss.data = wide ? static_cast<const void*>(&mean) : &mean_as_float;
+    a.grad_loss.data = tensors.dtype == kFloat64 ? static_cast<const void*>(&mean) : &mean_as_float;
   }
   Tensor gradient = new_gradient(tensors, a);
-  run_rows(active_kernels().cross_entropy_backward[tensors.dtype], a, rows);
+  run_rows(active_kernels().cross_entropy_backward[tensors.dtype], a, tensors.rows);
   return gradient;
 }
 
@@ -495,12 +332,6 @@ Tensor with_unit_rows(const Tensor& x) {
   return x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
 }
 
-struct LinearCrossEntropyOptions {
-  int64_t ignore_index;
-  double hard, spread, softcap;
-  bool partial;
-};
-
 // The tensors of a call, checked, and held for as long as the kernels' pointers are used.
 struct LinearCrossEntropyTensors {
   Tensor input, matrix, target;
@@ -512,7 +343,7 @@ struct LinearCrossEntropyTensors {
   LinearCrossEntropyTensors(const Tensor& input_in, const Tensor& matrix_in,
                             const std::optional<Tensor>& bias_in, const Tensor& target_in,
                             const std::optional<Tensor>& weight_in,
-                            const LinearCrossEntropyOptions& options)
+                            const CrossEntropyOptions& options)
       : input(input_in), matrix(matrix_in), target(target_in), bias(bias_in), weight(weight_in) {
     STD_TORCH_CHECK(input.dim() == 2 && matrix.dim() == 2 && input.size(1) == matrix.size(1) &&
                         matrix.numel() > 0,
@@ -548,7 +379,7 @@ struct LinearCrossEntropyTensors {
     }
   }
 
-  LinearCrossEntropy arguments(const LinearCrossEntropyOptions& options) const {
+  LinearCrossEntropy arguments(const CrossEntropyOptions& options) const {
     LinearCrossEntropy a{};
     a.positions = 1;
     a.classes = classes;
@@ -560,13 +391,9 @@ struct LinearCrossEntropyTensors {
       a.probability_at = places_of(target);
       a.probabilities_wide = target.scalar_type() != input.scalar_type();
     }
-    a.ignore_index = options.ignore_index;
-    a.partial = options.partial;
+    options.put_in(a);
     if (weight.has_value()) a.weight = weight->const_data_ptr();
-    if (options.spread != 0) {
-      a.total_weight = weight.has_value() ? sum_of(*weight) : double(classes);
-    }
-    a.hard = options.hard, a.spread = options.spread, a.softcap = options.softcap;
+    a.total_weight = total_of(weight, classes, options);
     a.rows = int64_t(kept.size());
     a.depth = input.size(1);
     a.row_of = kept.data();
@@ -579,7 +406,7 @@ struct LinearCrossEntropyTensors {
   }
 
   // (N,) for loss or lse, 0 where a row is ignored.
-  Tensor per_row(const LinearCrossEntropyOptions& options) const {
+  Tensor per_row(const CrossEntropyOptions& options) const {
     Tensor x = torch::stable::new_empty(
         input, {rows}, options.partial ? ScalarType::Double : accumulator_of(dtype));
     if (int64_t(kept.size()) < rows) torch::stable::zero_(x);
@@ -603,7 +430,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_forward_cpu(
     Tensor input, Tensor linear_weight, std::optional<Tensor> linear_bias, Tensor target,
     std::optional<Tensor> weight, int64_t ignore_index, double hard, double spread, double softcap,
     bool partial) {
-  const LinearCrossEntropyOptions options{ignore_index, hard, spread, softcap, partial};
+  const CrossEntropyOptions options{ignore_index, hard, spread, softcap, partial};
   const LinearCrossEntropyTensors tensors(input, linear_weight, linear_bias, target, weight,
                                           options);
   Tensor loss = tensors.per_row(options), lse = tensors.per_row(options);
@@ -619,7 +446,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward
     Tensor input, Tensor linear_weight, std::optional<Tensor> linear_bias, Tensor target,
     std::optional<Tensor> weight, int64_t ignore_index, double hard, double spread, double softcap,
     bool partial, double filter_eps, bool of_input, bool of_weight, bool of_bias) {
-  const LinearCrossEntropyOptions options{ignore_index, hard, spread, softcap, partial};
+  const CrossEntropyOptions options{ignore_index, hard, spread, softcap, partial};
   const LinearCrossEntropyTensors tensors(input, linear_weight, linear_bias, target, weight,
                                           options);
   const ScalarType accumulator = accumulator_of(tensors.dtype);
