@@ -5,8 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-SOURCES := $(wildcard setup.py csrc/*.cpp csrc/cpu/* csrc/cuda/*)
-FORMATTED := $(wildcard csrc/*.cpp csrc/cpu/* tests/*.cpp benchmarks/*.cpp)
+SOURCES := $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+FORMATTED := $(filter-out setup.py,$(SOURCES)) $(wildcard tests/*.cpp tests/*.cu tests/*.cuh benchmarks/*.cpp)
 
 .PHONY: demo test lint format bench gpu gpu-quick clean
 

@@ -290,10 +290,11 @@ def plan_cuda(torch: Torch, output: Path, record: dict[str, Any]) -> list[Step]:
     nvcc = [toolkit.nvcc, *(["-ccbin", compiler] if compiler else [])]
     nvcc += [word for flag in HOST_FLAGS for word in ("-Xcompiler", flag)]
     nvcc += [word for target in gencode for word in ("-gencode", target)]
+    warnings = [word for flag in WARNINGS for word in ("-Xcompiler", flag)]
     return make_steps(
         output,
         files,
-        [*nvcc, *COMPILE_FLAGS, "-DUSE_CUDA", *include_flags(torch)],
+        [*nvcc, *COMPILE_FLAGS, *warnings, "-DUSE_CUDA", *include_flags(torch)],
         # The libcudart that torch has loaded, not a second copy of it.
         [*nvcc, "-shared", "--cudart=shared"],
         library_flags(torch, "torch_cpu", "torch_cuda"),

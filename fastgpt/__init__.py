@@ -1,6 +1,7 @@
 """Fused, numerically stable cross-entropy and attention for PyTorch, and a reference GPT."""
 
-from fastgpt.backends import eager as _eager  # noqa: F401 (fills its column of the table)
+from fastgpt.backends import cuda as _native_cuda  # noqa: F401 (fills its part of the table)
+from fastgpt.backends import eager as _eager  # noqa: F401
 from fastgpt.backends import native as _native  # noqa: F401
 from fastgpt.backends import triton as _triton  # noqa: F401
 from fastgpt.dispatch import backend as backend

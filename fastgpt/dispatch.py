@@ -28,6 +28,8 @@ class Cell:
     device: str  # a torch device type, or "any"
     reason: str  # why it is off; empty when it is on
     covers: Callable[[Any], str] = lambda call: ""  # why it can't do this call; empty when it can
+    default: bool = True  # whether it runs anything without being asked for
+    note: str = ""  # when it runs unasked, or how to ask for it
 
     @property
     def available(self) -> bool:

@@ -380,12 +380,14 @@ def test_wheel_and_sdist_hold_what_they_need_and_nothing_stale(developer, tmp_pa
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {"fastgpt/_C.abi3.so", "fastgpt/_build.json", "fastgpt/py.typed"} <= names
+    assert "fastgpt/backends/measured.json" in names
     assert "fastgpt/_cuda.abi3.so" not in names
     [sdist] = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     written = {str(path.relative_to(developer.tree)) for path in developer.tree.glob("csrc/**/*.*")}
     assert written <= packed
+    assert "fastgpt/backends/measured.json" in packed
     assert not [name for name in packed if name.endswith((".so", "_build.json"))]
 
 

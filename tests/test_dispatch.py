@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,10 +13,14 @@ import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 import fastgpt
 from fastgpt import dispatch
-from fastgpt.backends import native
+from fastgpt.backends import cuda, measured, native
+from fastgpt.backends.measured import Measurement
+from fastgpt.ops import cross_entropy as cross_entropy_op
+from fastgpt.ops import cross_entropy_direct
 
 LOGITS = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.5, -1.0]])
 TARGET = torch.tensor([2, 0])
@@ -225,7 +230,10 @@ def test_instruction_sets_disagree():
 
 SHOW = """
 import torch, fastgpt
-from fastgpt.backends import native
+from fastgpt.backends import cuda, measured, native
+from fastgpt.backends.measured import Measurement
+from fastgpt.ops import cross_entropy as cross_entropy_op
+from fastgpt.ops import cross_entropy_direct
 explanation = fastgpt.explain(fastgpt.cross_entropy, torch.zeros(2, 3), torch.zeros(2).long())
 loss = fastgpt.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())
 assert abs(loss.item() - 1.0986123) < 1e-6
@@ -430,3 +438,215 @@ Path.read_text = read_text
     assert found["backend"] == "eager"
     assert found["cell"]["reason"] == "no C++ compiler: install g++"
     assert "no C++ compiler: install g++" in found["refused"]
+
+
+# ---- the CUDA kernels, on GPUs that are not there ----
+
+H200 = (9, 0)
+ASK = "runs on {} only when asked for, by fastgpt.backend('native'): "
+UNMEASURED = "no stored measurement says that it is faster there than Triton"
+
+
+def measurement(chip="sm_90", ratio=1.2, date="2026-11-24", op="cross_entropy"):
+    return Measurement(op, chip, "a GPU", date, "db4a743", ratio, [])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Make such a GPU device 0, and the CUDA kernels and Triton's available on it."""
+
+    def make(*stored, capability=H200, triton=True, reason=""):
+        monkeypatch.setattr(cuda, "capability", lambda device: capability)
+        for name, its in (
+            ("native", cuda.cell(reason, stored)),
+            ("triton", dispatch.Cell("cross_entropy", "triton", "cuda", "" if triton else "gone")),
+        ):
+            monkeypatch.setitem(dispatch.TABLE, ("cross_entropy", name, "cuda"), its)
+
+    return make
+
+
+def explain_on_gpu(shape=(2, 3), dtype=torch.bfloat16):
+    with FakeTensorMode():
+        logits = torch.empty(shape, device="cuda", dtype=dtype)
+        target = torch.empty(shape[:1] + shape[2:], device="cuda", dtype=torch.int64)
+        explanation = fastgpt.explain(fastgpt.cross_entropy, logits, target)
+    return explanation.backend, dict(explanation.decisions)["native"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "capability", "reason"),
+    [
+        ([], H200, ASK.format("sm_90") + UNMEASURED),
+        ([measurement(op="linear_cross_entropy")], H200, ASK.format("sm_90") + UNMEASURED),
+        ([measurement("sm_80")], H200, ASK.format("sm_90") + UNMEASURED),
+        ([measurement("sm_80")], (8, 6), ASK.format("sm_86") + UNMEASURED),
+        ([measurement()], None, ASK.format("a GPU that is not there") + UNMEASURED),
+        (
+            [measurement(ratio=1.0)],
+            H200,
+            ASK.format("sm_90") + "measured there it takes 1 times Triton's time (2026-11-24)",
+        ),
+        (
+            [measurement(ratio=0.77, date="2026-11-25"), measurement()],
+            H200,
+            ASK.format("sm_90") + "measured there it takes 1.3 times Triton's time (2026-11-25)",
+        ),
+    ],
+)
+def test_a_cuda_kernel_runs_unasked_where_it_was_not_measured_faster(
+    gpu, stored, capability, reason
+):
+    gpu(*stored, capability=capability)
+    assert explain_on_gpu() == ("triton", reason)
+    with fastgpt.backend("native"):
+        assert explain_on_gpu() == ("native", "")
+    with fastgpt.backend("eager"):
+        assert explain_on_gpu() == ("eager", "the backend 'eager' was asked for")
+
+
+def test_a_faster_cuda_kernel_must_be_asked_for(gpu):
+    gpu(measurement(ratio=0.5, date="2026-11-23"), measurement(ratio=1.01))
+    assert explain_on_gpu() == ("native", "")
+    assert explain_on_gpu((2, 3, 4)) == ("native", "")
+    with fastgpt.backend("triton"):
+        assert explain_on_gpu()[0] == "triton"
+
+
+def test_the_environment_does_not_ask_for_a_cuda_kernel(gpu, monkeypatch):
+    gpu()
+    monkeypatch.setattr(dispatch, "_default", "native")
+    assert explain_on_gpu() == ("native", "")
+
+
+def test_a_kernel_that_has_never_run_replaces_a_missing_triton(gpu):
+    gpu(triton=False)
+    assert explain_on_gpu() == ("eager", ASK.format("sm_90") + UNMEASURED)
+
+
+def test_a_slower_kernel_is_passed_over_for_eager(gpu, monkeypatch):
+    gpu(measurement(ratio=0.5), triton=False)
+    assert explain_on_gpu() == ("native", "")
+    rows_only = dispatch.Cell("cross_entropy", "triton", "cuda", "", lambda call: "strides")
+    monkeypatch.setitem(dispatch.TABLE, ("cross_entropy", "triton", "cuda"), rows_only)
+    assert explain_on_gpu() == ("native", "")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((7, 5), torch.bfloat16, "its compute capability, 7.5, is older than 8.0"),
+        ((8, 0), torch.bfloat16, ""),
+        ((12, 0), torch.bfloat16, ""),
+        (None, torch.bfloat16, ""),
+        (H200, torch.float8_e4m3fn, "logits of type torch.float8_e4m3fn"),
+    ],
+)
+def test_a_cuda_kernel_is_asked_for_what_it_can_not_do(gpu, capability, dtype, reason):
+    gpu(measurement(), capability=capability)
+    with fastgpt.backend("native"):
+        assert explain_on_gpu(dtype=dtype) == ("eager" if reason else "native", reason)
+
+
+def test_a_missing_cuda_extension_is_not_explained(gpu):
+    gpu(measurement(), reason="nvcc is on fire")
+    assert explain_on_gpu() == ("triton", "nvcc is on fire")
+
+
+def test_a_gpu_that_is_not_there_is_asked_for_its_capability():
+    absent = torch.device("cuda", torch.cuda.device_count())
+    assert cuda.capability(absent) is None
+    assert cuda.unserved(absent) == ""
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_the_rule_of_the_cuda_kernels_breaks_a_compiled_graph(gpu, compiled, ratio):
+    gpu(measurement(ratio=ratio), triton=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits = torch.empty(2, 3, device="cuda")
+        target = torch.empty(2, device="cuda", dtype=torch.int64)
+        assert compiled(fastgpt.cross_entropy)(logits, target).device == logits.device
+
+
+def test_the_stored_measurements_do_not_parse():
+    for stored in measured.read():
+        assert stored.op in ("cross_entropy",)
+        assert re.fullmatch(r"sm_\d+", stored.chip)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", stored.date)
+        assert stored.ratio > 0
+        assert stored.gpu
+        assert stored.commit
+        assert stored.shapes
+
+
+# ---- the native backend's operators ----
+
+
+@pytest.fixture(scope="module")
+def recorder():
+    """A namespace whose kernels are fastgpt's, and the names of those that have run."""
+    namespace, ran = "fastgpt_recorder", []
+    launcher = cross_entropy_op.define(namespace)
+    cross_entropy_direct.define(namespace)
+
+    def register(name):
+        def kernel(*arguments):
+            ran.append(name)
+            return getattr(torch.ops.fastgpt, name)(*arguments)
+
+        torch.library.impl(f"{namespace}::{name}", "CPU", kernel)
+
+    for which in ("forward", "backward", "backward_in_place", "reduced", "reduced_backward"):
+        register(f"cross_entropy_{which}")
+    return launcher, ran
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [
+        ({}, "reduced", "reduced_backward"),  # the shortcut
+        ({"label_smoothing": 0.1}, "reduced", "reduced_backward"),
+        ({"softcap": 5.0}, "forward", "backward"),
+        ({"inplace_backward": True}, "forward", "backward_in_place"),
+    ],
+    ids=str,
+)
+def test_a_native_call_leaves_the_namespace_of_its_launcher(
+    recorder, monkeypatch, options, forward, backward
+):
+    launcher, ran = recorder
+    logits = LOGITS.clone().requires_grad_()
+    expected = fastgpt.cross_entropy(logits * 1, TARGET, **options)
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    monkeypatch.setitem(cross_entropy_op.LAUNCHERS, "native", launcher)
+    ran.clear()
+    loss = fastgpt.cross_entropy(logits * 1, TARGET, **options)
+    assert ran == [f"cross_entropy_{forward}"]
+    if forward == "reduced":  # the backward stays where its forward was
+        monkeypatch.undo()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert ran == [f"cross_entropy_{forward}", f"cross_entropy_{backward}"]
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_the_second_derivative_leaves_the_namespace_of_the_launcher(recorder, monkeypatch):
+    launcher, ran = recorder
+    monkeypatch.setitem(cross_entropy_op.LAUNCHERS, "native", launcher)
+    ran.clear()
+    logits = LOGITS.clone().requires_grad_()
+    loss = fastgpt.cross_entropy(logits, TARGET)
+    torch.autograd.grad(loss, logits, create_graph=True)
+    assert ran == ["cross_entropy_reduced", "cross_entropy_backward"]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_fake_tensors_have_no_native_kernel(reduction):
+    target = torch.zeros(2, 4).long()
+    with FakeTensorMode() as mode:
+        logits = torch.zeros(2, 3, 4).mT.contiguous().mT.bfloat16().requires_grad_()
+        loss = fastgpt.cross_entropy(logits, mode.from_tensor(target), reduction=reduction)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert loss.shape == (target.shape if reduction == "none" else ())
+    assert (loss.dtype, gradient.dtype) == (torch.bfloat16,) * 2
+    assert (gradient.shape, gradient.stride()) == (logits.shape, logits.stride())

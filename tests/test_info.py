@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.backends import native
+from fastgpt import dispatch
+from fastgpt.backends import cuda, native
+from fastgpt.backends.measured import Measurement
 from fastgpt.dispatch import BACKENDS
 
 OPS = ("cross_entropy", "linear_cross_entropy", "scaled_dot_product_attention")
@@ -50,6 +52,8 @@ def test_the_json_lacks_a_cell_or_does_not_parse():
     assert found["isa"] == native.isa()
     for cell in cells.values():
         assert cell["available"] == (cell["reason"] == "")
+        assert cell["available"] or not (cell["default"] or cell["note"])
+        assert cell["default"] == (cell["available"] and not cell["note"])
     assert cells["cross_entropy", "native", "cpu"]["available"]
     assert all(cells[op, "eager", device]["available"] for op, device in product(OPS, DEVICES))
 
@@ -59,6 +63,8 @@ def test_the_table_hides_a_cell_or_a_reason():
     lines = str(information).splitlines()
     for cell in information.cells:
         state = "on" if cell["available"] else f"off: {cell['reason']}"
+        if cell["note"]:
+            state = f"on when asked for, {cell['note']}"
         assert any(
             line.split()[:3] == [cell["op"], cell["backend"], cell["device"]]
             and line.endswith(state)
@@ -66,6 +72,41 @@ def test_the_table_hides_a_cell_or_a_reason():
         )
     assert native.isa() in str(information)
     assert f"{torch.get_num_threads()} threads" in str(information)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "default", "state"),
+    [
+        ({}, False, "on when asked for, by fastgpt.backend('native'): it has never run on a GPU"),
+        (
+            {"sm_80": 1.0},
+            False,
+            "on when asked for, by fastgpt.backend('native'): it is not faster than Triton on "
+            "sm_80",
+        ),
+        (
+            {"sm_80": 0.9, "sm_90": 1.2},
+            True,
+            "on, by default on sm_90, elsewhere by fastgpt.backend('native')",
+        ),
+    ],
+)
+def test_a_kernel_that_must_be_asked_for_is_shown_as_on(monkeypatch, ratios, default, state):
+    op = "cross_entropy"
+    stored = [
+        Measurement(op, chip, "GPU", "2026-11-24", "db4a743", ratio, [])
+        for chip, ratio in ratios.items()
+    ]
+    monkeypatch.setitem(dispatch.TABLE, (op, "native", "cuda"), cuda.cell("", stored))
+    information = fastgpt.info()
+    [cell] = [
+        cell
+        for cell in json.loads(information.to_json())["cells"]
+        if (cell["op"], cell["backend"], cell["device"]) == (op, "native", "cuda")
+    ]
+    assert (cell["available"], cell["reason"], cell["default"]) == (True, "", default)
+    [line] = [x for x in str(information).splitlines() if x.split()[:3] == [op, "native", "cuda"]]
+    assert line.endswith(f" cuda  {state}")
 
 
 def test_an_empty_cell_is_a_guess():

@@ -1,45 +1,23 @@
-"""The compiled kernels: loads the extension, or finds out why there is none, and fills the
-table.
+"""The compiled CPU kernels: loads the extension, or finds out why there is none, and fills the
+table. Those for GPUs are in cuda.py.
 """
 
-import importlib
-import json
 import os
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from fastgpt.backends import coverage
-from fastgpt.dispatch import NOT_IMPLEMENTED, Cell, register
+from fastgpt.backends import coverage, extensions
+from fastgpt.dispatch import Cell, register
 from fastgpt.ops.attention import AttentionCall
 from fastgpt.ops.cross_entropy import CrossEntropyCall
 
 MAX_HEAD_DIM = 512  # a tile of it and its gradients still fits the caches
 
 
-def build_record() -> dict[str, Any]:
-    """What the installation wrote about its build; empty if it wrote nothing."""
-    path = Path(__file__).parent.parent / "_build.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-
-
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or the reason why it is not there."""
-    built = build_record().get("C", {})
-    if built.get("reason"):
-        return None, built["reason"]
-    try:
-        extension = importlib.import_module("fastgpt._C")
-    except ModuleNotFoundError:
-        return None, "the extension has not been built: run `pip install -e .` in the source tree"
-    except ImportError as error:
-        return None, (
-            f"the extension does not load ({error}): it may have been built for another torch; "
-            "run `pip install -e .` again"
-        )
+    """The extension, set to the instruction set asked for; or the reason why it is not there."""
+    extension, reason = extensions.load("_C", "C")
+    if extension is None:
+        return None, reason
     isa = os.environ.get("FASTGPT_CPU_ISA")
     if isa:
         if isa not in extension.isas():
@@ -73,8 +51,5 @@ def _covers_attention(call: AttentionCall) -> str:
 
 
 register(Cell("cross_entropy", "native", "cpu", _reason, _covers_cross_entropy))
-register(Cell("cross_entropy", "native", "cuda", NOT_IMPLEMENTED))
 register(Cell("linear_cross_entropy", "native", "cpu", _reason, coverage.linear_cross_entropy))
-register(Cell("linear_cross_entropy", "native", "cuda", NOT_IMPLEMENTED))
 register(Cell("scaled_dot_product_attention", "native", "cpu", _reason, _covers_attention))
-register(Cell("scaled_dot_product_attention", "native", "cuda", NOT_IMPLEMENTED))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastgpt import dispatch
-from fastgpt.backends import native, triton
+from fastgpt.backends import extensions, native, triton
 from fastgpt.dispatch import BACKENDS
 
 OPS = ("cross_entropy", "linear_cross_entropy", "scaled_dot_product_attention")
@@ -28,7 +28,8 @@ class Info:
     isas: tuple[str, ...]  # those this processor can run
     threads: int
     build: dict[str, Any]  # what the installation recorded
-    cells: tuple[dict[str, Any], ...]  # op, backend, device, available, reason
+    # op, backend, device, available, reason, default (whether it runs anything unasked), note
+    cells: tuple[dict[str, Any], ...]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -42,9 +43,17 @@ class Info:
         ]
         width = max(len(op) for op in OPS)
         for cell in self.cells:
-            state = "on" if cell["available"] else f"off: {cell['reason']}"
-            lines.append(f"{cell['op']:{width}}  {cell['backend']:7} {cell['device']:5} {state}")
+            place = f"{cell['op']:{width}}  {cell['backend']:7} {cell['device']:5}"
+            lines.append(f"{place} {_state(cell)}")
         return "\n".join(lines)
+
+
+def _state(cell: dict[str, Any]) -> str:
+    if not cell["available"]:
+        return f"off: {cell['reason']}"
+    if not cell["default"]:
+        return f"on when asked for, {cell['note']}"
+    return f"on, {cell['note']}" if cell["note"] else "on"
 
 
 def info() -> Info:
@@ -61,6 +70,8 @@ def info() -> Info:
                         "device": device,
                         "available": cell.available,
                         "reason": cell.reason,
+                        "default": cell.available and cell.default,
+                        "note": cell.note if cell.available else "",
                     }
                 )
     return Info(
@@ -70,7 +81,7 @@ def info() -> Info:
         isa=native.isa(),
         isas=native.isas(),
         threads=torch.get_num_threads(),
-        build=native.build_record(),
+        build=extensions.build_record(),
         cells=tuple(cells),
     )
 

@@ -8,7 +8,7 @@ for that some 25 µs. These two do not, so they are old-style Functions, without
 - `_InPlace` writes the gradient over the logits. That can be done once, and not differentiated.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,23 +24,65 @@ from fastgpt.ops.cross_entropy import (
     _refuse_weight_gradient,
     kernel_view,
     launch,
+    new_gradient,
     shares,
 )
 from fastgpt.ops.raw import accumulator_dtype, transformed
 
-torch.library.define(
-    "fastgpt::cross_entropy_reduced",
-    "(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float hard, float spread,"
-    " int reduction) -> (Tensor loss, Tensor statistics)",
-)
-torch.library.define(
-    "fastgpt::cross_entropy_reduced_backward",
-    "(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor statistics,"
-    " int ignore_index, float hard, float spread, int reduction) -> Tensor",
-)
-_forward = torch.ops.fastgpt.cross_entropy_reduced.default
-_backward = torch.ops.fastgpt.cross_entropy_reduced_backward.default
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+class Reduced(NamedTuple):
+    """The two operators of a namespace that take the reduction into the kernel."""
+
+    forward: Any
+    backward: Any
+
+
+def define(namespace: str) -> None:
+    """Define the operators of `_Reduced` in `namespace`, beside those of ops/cross_entropy.py; the
+    kernels are registered elsewhere.
+
+    The arguments are those of `cross_entropy_forward`; the loss is reduced, in the accumulator
+    type. statistics, one vector of 4 rows + 1 numbers of that type, holds row_max and rest of each
+    row, two more numbers of each row, and what a mean was divided by.
+    """
+    names = [f"{namespace}::cross_entropy_reduced{which}" for which in ("", "_backward")]
+    forward, backward = names
+    options = "int ignore_index, float hard, float spread, int reduction"
+    torch.library.define(
+        forward,
+        f"(Tensor logits, Tensor target, Tensor? weight, {options})"
+        " -> (Tensor loss, Tensor statistics)",
+    )
+    torch.library.define(
+        backward,
+        "(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor statistics,"
+        f" {options}) -> Tensor",
+    )
+    torch.library.register_fake(forward, _new_reduced)
+    torch.library.register_fake(
+        backward, lambda grad_loss, logits, *_: new_gradient(grad_loss, None, logits)
+    )
+    operators = getattr(torch.ops, namespace)
+    OPERATORS[namespace] = Reduced(
+        operators.cross_entropy_reduced.default, operators.cross_entropy_reduced_backward.default
+    )
+
+
+def _new_reduced(
+    logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulator_dtype(logits.dtype)
+    shape = target.shape if options[-1] == REDUCTIONS["none"] else ()
+    return (
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(4 * target.numel() + 1, dtype=dtype),
+    )
+
+
+OPERATORS: dict[str, Reduced] = {}  # by namespace
+define("fastgpt")
 
 
 def serves(call: CrossEntropyCall) -> bool:
@@ -68,8 +110,10 @@ class _Reduced(Function):
         spread: float,
         reduction: int,
     ) -> Tensor:
+        # Those beside the native backend's launcher, for the backward of this call, too.
+        forward, ctx.operator = OPERATORS[LAUNCHERS["native"].forward.namespace]
         loss, statistics = launch(
-            _forward, logits, target, weight, ignore_index, hard, spread, reduction
+            forward, logits, target, weight, ignore_index, hard, spread, reduction
         )
         ctx.save_for_backward(logits, target, weight, statistics)
         ctx.options = ignore_index, hard, spread, reduction
@@ -80,7 +124,9 @@ class _Reduced(Function):
         logits, target, weight, statistics = ctx.saved_tensors
         *options, reduction = ctx.options
         if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
-            gradient = _backward(grad_loss, logits, target, weight, statistics, *options, reduction)
+            gradient = ctx.operator(
+                grad_loss, logits, target, weight, statistics, *options, reduction
+            )
             return gradient, None, None, None, None, None, None
         _refuse_weight_gradient(ctx.needs_input_grad[2])
         # row_max, rest, two more numbers of each row, and what a mean is divided by.

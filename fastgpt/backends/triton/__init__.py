@@ -101,13 +101,17 @@ def _max_head_dim(device: torch.device, itemsize: int) -> int:
     return tiles.max_head_dim(chip_of(device), itemsize)
 
 
-for _device, _reason in (("cpu", _cpu_reason()), ("cuda", _cuda_reason())):
+_INTERPRETED = "by fastgpt.backend('triton'): it is interpreted"
+for _device, _reason, _note in (
+    ("cpu", _cpu_reason(), _INTERPRETED),
+    ("cuda", _cuda_reason(), ""),
+):
     for _name, _covers in (
         ("cross_entropy", _covers_cross_entropy),
         ("linear_cross_entropy", _covers_linear_cross_entropy),
         ("scaled_dot_product_attention", _covers_attention),
     ):
-        register(Cell(_name, "triton", _device, _reason, _covers))
+        register(Cell(_name, "triton", _device, _reason, _covers, not _note, _note))
 
 
 def _kernel(op: str, which: str) -> Any:
