@@ -1,7 +1,8 @@
 """The backends under test.
 
 Where torch sees no GPU, Triton's kernels run in its interpreter, on CPU tensors. Where it sees one
-they are compiled, and the same tests take their tensors there and back.
+they are compiled, and the same tests take their tensors there and back. The CUDA kernels run in
+their host twin, too.
 """
 
 import os
@@ -11,12 +12,14 @@ from typing import Any
 import interpreter  # before fastgpt
 import pytest
 import torch
+import twin
 from torch.utils._pytree import tree_map_only
 
 import fastgpt
 from benchmarks.memory import peak_bytes
 from fastgpt import dispatch
 from fastgpt.backends import native
+from fastgpt.ops import cross_entropy
 
 interpreter.load_kernels()
 if not interpreter.ON:
@@ -40,13 +43,24 @@ class _Place(torch.autograd.Function):
 class Backend:
     """A backend under test. Its functions assert that this backend is what runs the call."""
 
-    def __init__(self, name: str, isa: str | None = None):
+    def __init__(
+        self, name: str, isa: str | None = None, device: str | None = None, twin: bool = False
+    ):
         self.name, self.isa = name, isa
+        self.twin = twin  # whether the native kernels are those of CUDA, on the host
         self.interpreted = name == "triton" and interpreter.ON
-        self.device = "cuda" if name == "triton" and not interpreter.ON else "cpu"
+        on_gpu = name == "triton" and not interpreter.ON
+        self.device = device or ("cuda" if on_gpu else "cpu")
 
     def __repr__(self) -> str:
-        return f"{self.name}-{self.isa}" if self.isa else self.name
+        return f"{self.label}-{self.isa}" if self.isa else self.label
+
+    @property
+    def label(self) -> str:
+        """Its name; the native kernels of a GPU are "cuda", and in their host twin "twin"."""
+        if self.twin:
+            return "twin"
+        return "cuda" if self.name == "native" and self.device == "cuda" else self.name
 
     def reason(self) -> str:
         """Why it can't run here; empty where it can."""
@@ -67,6 +81,7 @@ class Backend:
         assert explanation.backend == self.name, str(explanation)
         if self.isa:
             assert native.isa() == self.isa
+        assert self.twin == (cross_entropy.LAUNCHERS["native"] is not NATIVE_LAUNCHER)
         return self.returned(function(*args, **kwargs))
 
     def placed(self, values: Any) -> Any:
@@ -108,9 +123,29 @@ class Backend:
         return peak
 
 
+NATIVE_LAUNCHER = cross_entropy.LAUNCHERS["native"]
 EAGER = Backend("eager")
 NATIVE = [Backend("native", isa) for isa in native.isas()] or [Backend("native")]
 TRITON = Backend("triton")
+TWIN = Backend("native", twin=True)  # of tests that are marked so
+
+
+def on_cuda() -> list[Backend]:
+    """The native kernels of a GPU, where torch sees one and they were built. They are those of
+    cross-entropy. That they are there on a GPU is tested in tests/device.
+    """
+    backend = Backend("native", device="cuda")
+    return [backend] if torch.cuda.is_available() and not backend.reason() else []
+
+
+CUDA = on_cuda()
+
+
+def lacks_cuda(item: pytest.Item) -> bool:
+    """Whether it is a test of CUDA's kernels of another op than cross-entropy: there are none."""
+    values = getattr(getattr(item, "callspec", None), "params", {}).values()
+    mine = any(isinstance(v, Backend) and v.label == "cuda" for v in values)
+    return mine and not item.path.name.startswith("test_cross_entropy")
 
 
 def activate(backend: Backend) -> Iterator[Backend]:
@@ -123,9 +158,12 @@ def activate(backend: Backend) -> Iterator[Backend]:
     previous = native.isa()
     if backend.isa:
         native.extension.set_isa(backend.isa)
+    if backend.twin:
+        cross_entropy.LAUNCHERS["native"] = twin.launcher()
     try:
         with fastgpt.backend(backend.name):
             yield backend
     finally:
+        cross_entropy.LAUNCHERS["native"] = NATIVE_LAUNCHER
         if backend.isa:
             native.extension.set_isa(previous)

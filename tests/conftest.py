@@ -4,10 +4,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from backends import EAGER, NATIVE, TRITON, Backend, activate  # before fastgpt
+from backends import (  # before fastgpt
+    CUDA,
+    EAGER,
+    NATIVE,
+    TRITON,
+    TWIN,
+    Backend,
+    activate,
+    lacks_cuda,
+)
 
 
-@pytest.fixture(params=[EAGER, *NATIVE, TRITON], ids=repr)
+@pytest.fixture(params=[EAGER, *NATIVE, TWIN, TRITON, *CUDA], ids=repr)
 def backend(request) -> Iterator[Backend]:
     """Every backend, the native one once for each instruction set of this processor."""
     yield from activate(request.param)
@@ -19,25 +28,25 @@ def eager() -> Iterator[Backend]:
     yield from activate(EAGER)
 
 
-@pytest.fixture(params=[EAGER, NATIVE[-1], TRITON], ids=lambda b: b.name)
+@pytest.fixture(params=[EAGER, NATIVE[-1], TWIN, TRITON, *CUDA], ids=lambda b: b.label)
 def one_isa(request) -> Iterator[Backend]:
     """Every backend, on its best instruction set: where the kernel's arithmetic does not matter."""
     yield from activate(request.param)
 
 
-@pytest.fixture(params=[*NATIVE, TRITON], ids=repr)
+@pytest.fixture(params=[*NATIVE, TWIN, TRITON, *CUDA], ids=repr)
 def kernel(request) -> Iterator[Backend]:
     """Every fused backend, the native one once for each instruction set of this processor."""
     yield from activate(request.param)
 
 
-@pytest.fixture(params=[NATIVE[-1], TRITON], ids=lambda b: b.name)
+@pytest.fixture(params=[NATIVE[-1], TWIN, TRITON, *CUDA], ids=lambda b: b.label)
 def best_kernel(request) -> Iterator[Backend]:
     """Every fused backend, on its best instruction set."""
     yield from activate(request.param)
 
 
-@pytest.fixture(params=NATIVE, ids=repr)
+@pytest.fixture(params=[*NATIVE, TWIN], ids=repr)
 def native_backend(request) -> Iterator[Backend]:
     """The native backend, once for each instruction set of this processor."""
     yield from activate(request.param)
@@ -62,12 +71,22 @@ def best_native() -> Iterator[Backend]:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Under the interpreter, keep of the marked tests what their `interpreted` markers name."""
+    """Keep of the marked tests under the interpreter what their `interpreted` markers name; of
+    those in the twin what a `cuda_on_host` marker names, the module's of those whose kernels it
+    has; of CUDA's kernels, the tests of cross-entropy.
+    """
     kept, dropped = [], []
     for item in items:
-        markers = list(item.iter_markers("interpreted"))
-        values = item.callspec.params if markers else {}
-        mine = any(isinstance(v, Backend) and v.interpreted for v in values.values())
+        if lacks_cuda(item):
+            dropped.append(item)
+            continue
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        backends = [v for v in values.values() if isinstance(v, Backend)]
+        of_twin = any(v.twin for v in backends)
+        markers = list(item.iter_markers("cuda_on_host" if of_twin else "interpreted"))
+        if of_twin:  # a test's own go before its module's
+            markers = [marker for marker in markers if marker.kwargs] or markers
+        mine = of_twin or (markers and any(v.interpreted for v in backends))
         wanted = any(
             all(values[name] in allowed for name, allowed in marker.kwargs.items())
             for marker in markers

@@ -16,6 +16,8 @@ import fastgpt
 from fastgpt.backends import native
 from fastgpt.ops.cross_entropy import LAUNCHERS, Options
 
+pytestmark = pytest.mark.cuda_on_host
+
 
 def small(n=4, classes=5, seed=0):
     """float64 logits of moderate size, with an ignored row in the middle."""

@@ -14,6 +14,8 @@ from oracle import DTYPES, REDUCED_DTYPES, half_ulp, random_like, random_logits
 
 import fastgpt
 
+pytestmark = pytest.mark.cuda_on_host
+
 
 def probabilities(shape, dtype=torch.float64, seed=3):
     generator = torch.Generator().manual_seed(seed)
@@ -248,6 +250,7 @@ def test_a_bad_call_is_accepted_or_raises_another_type(name):
 
 
 @pytest.mark.parametrize("value", [3, -1, 10**12])
+@pytest.mark.cuda_on_host(backend=())
 def test_an_out_of_range_target_is_not_named(backend, value):
     if backend.device != "cpu":
         pytest.skip("on a GPU it is an assertion of the device's, which ends the process")

@@ -9,6 +9,8 @@ from oracle import gradient_of, gradients_of, random_like, random_logits
 
 import fastgpt
 
+pytestmark = pytest.mark.cuda_on_host
+
 N, C, L = 6, 35, 4
 REDUCTIONS = ["none", "mean", "sum"]
 OPTIONS = {

@@ -21,6 +21,8 @@ from oracle import (
 
 import fastgpt
 
+pytestmark = pytest.mark.cuda_on_host
+
 NAN, INF = math.nan, math.inf
 REDUCTIONS = ["none", "mean", "sum"]
 

@@ -9,6 +9,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import fastgpt
 
+pytestmark = pytest.mark.cuda_on_host
+
 BOTH = {"weight": random_weight(5), "label_smoothing": 0.2}
 EVERYTHING = {"softcap": 3.0, "z_loss": 0.1, "return_lse": True}
 

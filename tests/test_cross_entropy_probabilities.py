@@ -22,6 +22,8 @@ from oracle import (
 
 import fastgpt
 
+pytestmark = pytest.mark.cuda_on_host
+
 NAN, INF = math.nan, math.inf
 REDUCTIONS = ["none", "mean", "sum"]
 SMOOTHING = [0.0, 0.1, 1.0]

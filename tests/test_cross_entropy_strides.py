@@ -17,6 +17,8 @@ from oracle import (
 
 import fastgpt
 
+pytestmark = pytest.mark.cuda_on_host
+
 NAN = math.nan
 REDUCTIONS = ["none", "mean", "sum"]
 

@@ -1,0 +1,60 @@
+"""The CUDA kernels on the host: csrc/cuda compiled against the host twin of its primitives.
+
+The same sources as those of a GPU, the operators' checks included, are registered as operators of
+the namespace `fastgpt_twin` that take CPU tensors.
+"""
+
+import contextlib
+import fcntl
+import functools
+import importlib.util
+import io
+from pathlib import Path
+
+import torch
+
+from fastgpt.ops import cross_entropy, cross_entropy_direct
+from fastgpt.ops.raw import Launcher
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMESPACE = "fastgpt_twin"
+
+
+@functools.cache
+def setup():
+    """The module setup.py."""
+    spec = importlib.util.spec_from_file_location("fastgpt_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build() -> Path:
+    """Compile what has changed. Of several processes one does, and the others wait for it."""
+    s = setup()
+    installed = s.check_torch(s.find_torch())
+    folder = ROOT / "build" / "twin" / f"torch-{installed.version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "twin.so"
+    compiler = s.find_compiler()
+    flags = [*s.COMPILE_FLAGS, *s.HOST_FLAGS, *s.WARNINGS, *s.include_flags(installed)]
+    steps = s.make_steps(
+        library,
+        s.sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        [*compiler, *flags, "-DFASTGPT_TWIN", "-x", "c++"],
+        [*compiler, "-shared"],
+        s.library_flags(installed, "torch_cpu"),
+    )
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.redirect_stdout(io.StringIO()):
+            s.run_steps(steps, folder)
+    return library
+
+
+@functools.cache
+def launcher() -> Launcher:
+    """The operators, built and loaded."""
+    torch.ops.load_library(build())
+    cross_entropy_direct.define(NAMESPACE)
+    return cross_entropy.define(NAMESPACE)
