@@ -70,6 +70,16 @@ class Comparison:
         """Lower quartile, median and upper quartile of the provider's time over fastgpt's."""
         return self._quartiles(self.row(provider).seconds[which], which)
 
+    def share(self, provider: str, which: str) -> float | None:
+        """The floor's time over the provider's, 1 at the best; None without a floor."""
+        floor = self.row(self.shape.floor_name)
+        return floor.median(which) / self.row(provider).median(which) if floor.measured else None
+
+    def wrong(self) -> list[str]:
+        """Of fastgpt's own rows, those whose gate is red."""
+        red = [row for row in self.rows if row.red and row.provider in peers.OWN]
+        return [f"{row.provider}: {row.reason}" for row in red]
+
     def better_of_torch(self) -> tuple[str, tuple[float, float, float]] | None:
         """Which of torch's own functions is faster, and the ratio; None where there is only one."""
         which = self.shape.passes[-1]
@@ -93,6 +103,9 @@ class Comparison:
         for row, plain in zip(self.rows, result["rows"], strict=True):
             if row.measured:
                 plain["median_seconds"] = {p: row.median(p) for p in PASSES}
+                plain["share_of_floor"] = {
+                    p: self.share(row.provider, p) for p in self.shape.passes
+                }
                 plain["ratio_quartiles"] = {
                     p: self.ratio(row.provider, p) for p in self.shape.passes
                 }
@@ -188,8 +201,10 @@ def _gate(
 
 
 def _kernel(function: Function, inputs: Inputs) -> str:
-    backend = fastgpt.explain(function, *inputs.arguments, **inputs.keywords).backend
-    return f"native, {fastgpt.info().isa}" if backend == "native" else backend
+    found = fastgpt.explain(function, *inputs.arguments, **inputs.keywords)
+    if found.backend != "native":
+        return found.backend
+    return "CUDA" if found.device == "cuda" else f"native, {fastgpt.info().isa}"
 
 
 def _on_a_copy(function: Function) -> Function:
@@ -284,7 +299,6 @@ def markdown(comparison: Comparison) -> str:
     ]
     forward, backward = shape.work()
     work = {"forward": forward, "backward": backward, "full": forward + backward}
-    floor = comparison.row(shape.floor_name)
     for row in comparison.rows:
         if not row.measured:
             lines.append(f"| {row.provider} | {row.reason} |" + " |" * (11 + host))
@@ -303,9 +317,8 @@ def markdown(comparison: Comparison) -> str:
                 cells.append("")
                 continue
             rate = _rate(work[which] / row.median(which), shape.unit)
-            if floor.measured:
-                rate += f" ({floor.median(which) / row.median(which):.0%})"
-            cells.append(rate)
+            share = comparison.share(row.provider, which)
+            cells.append(rate if share is None else f"{rate} ({share:.0%})")
         if row.peak_bytes is None or row.errors is None:
             cells += ["", "", ""]
         else:
@@ -317,5 +330,31 @@ def markdown(comparison: Comparison) -> str:
         if host:
             times = row.host_seconds
             cells.append(_time(statistics.median(times)) if times else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shares(comparisons: list[Comparison]) -> str:
+    """Of cross-entropy's shapes that have a floor, the share of it that each provider reaches,
+    forward and both together. On a GPU the floor is one read of the logits, and two reads and a
+    write, at the rate of a copy: so it is the share of the copy rate. Empty without a floor.
+    """
+    found = [c for c in comparisons if c.row(c.shape.floor_name).measured]
+    if not found:
+        return ""
+    names = [row.provider for row in found[0].rows if row.provider != found[0].shape.floor_name]
+    lines = [
+        f"| forward, both ÷ {found[0].shape.floor_name} | " + " | ".join(names) + " |",
+        "|---|" + "--:|" * len(names),
+    ]
+    for comparison in found:
+        cells = [str(comparison.shape)]
+        for name in names:
+            parts = (
+                [comparison.share(name, which) for which in ("forward", "full")]
+                if comparison.row(name).measured
+                else []
+            )
+            cells.append(", ".join(f"{part:.0%}" for part in parts if part is not None))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -136,7 +136,7 @@ def cross_entropy_errors(
 
     errors = {name: {"loss": 0.0, "target": 0.0, "others": 0.0} for name in functions}
     largest = {"loss": 0.0, "target": 0.0, "others": 0.0}
-    logits = leaf.detach().view(-1, classes)
+    logits = leaf.detach().reshape(-1, classes)
     rows = len(logits)
     step = max(1, (8 << 20) // classes)
     for start in range(0, rows, step):

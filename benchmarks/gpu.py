@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in stages with a time budget each: `make gpu`, `make gpu-quick`.
 
 It installs in place without a network, runs the device tests, the kernels' ordinary tests on the
-device and NVIDIA's memory checker, and measures. A stage that overruns its budget is cut and
-reported, and the later ones still run; what a stage leaves of its budget, the next ones may use.
-The logs are in build/gpu/, the measurements in benchmarks/results/. It ends with a summary, and
-with an error if a stage failed, was cut or could not run.
+device and NVIDIA's checkers of memory and of races, and measures. A stage that overruns its budget
+is cut and reported, and the later ones still run; what a stage leaves of its budget, the next ones
+may use. The logs are in build/gpu/, the measurements in benchmarks/results/. It ends with a
+summary, and with an error if a stage failed, was cut or could not run.
 """
 
 import argparse
@@ -30,8 +30,9 @@ GRACE = 5.0  # of its budget, the seconds that a stage has to end itself when it
 
 # What would make the stages test or measure something else than an ordinary user's run.
 UNSET = ("TRITON_INTERPRET", "FASTGPT_BACKEND", "FASTGPT_AUTOTUNE", "FASTGPT_TEST_DEVICE")
-# The tests run under torch's deterministic mode, in which cuBLAS wants this.
-SET = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+# The tests run under torch's deterministic mode, in which cuBLAS wants the first. In the last,
+# pytest's lines find room for the reason why a test failed.
+SET = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1", "COLUMNS": "250"}
 
 OPTIONAL = {
     "pytest": "no test can run without it",
@@ -177,7 +178,10 @@ def _counts(logs: Sequence[str]) -> list[str]:
 
 def _details(status: int, log: Path, lines: Sequence[str]) -> list[str]:
     """What a reader of the end must see; on a failure where to look, and the last lines."""
-    telling = r"(SKIPPED|FAILED|ERROR|=+ ERROR SUMMARY:) |.*(: left out: |no report: |no chart: )"
+    telling = (
+        r"(SKIPPED|FAILED|ERROR|=+ (ERROR|RACECHECK) SUMMARY:) |"
+        r".*(: left out: |no report: |red gate: |no chart: )| *error: "
+    )
     found = [line for line in lines if re.match(telling, line)]
     found += [line for line in lines if re.fullmatch(r"/.*\.(json|png)", line)]
     if status == 0:
@@ -261,24 +265,29 @@ DEVICE_TESTS = (
     ),
     TestFile(
         "tests/device/test_device_cross_entropy.py",
-        3,
+        5,
         quick="test_a_loss_or_gradient and (1000 or 50257) and (bfloat16 or float32)",
     ),
-    TestFile("tests/device/test_device_execution.py", 2),
-    TestFile("tests/device/test_device_compile.py"),
+    TestFile(
+        "tests/device/test_device_execution.py",
+        3,
+        quick="default or graph or stream or waits or eager",
+    ),
+    TestFile("tests/device/test_device_compile.py", 3, quick="plain_loss"),
     TestFile("tests/device/test_device_memory.py"),
-    TestFile("tests/device/test_device_large.py", 2, quick="cross_entropy or rows"),
+    TestFile("tests/device/test_device_large.py", 2, quick="rows or columns"),
     TestFile("tests/device/test_device_processes.py", quick="out_of_range_is_not and 5000"),
 )
 
-# The kernels' own tests, whose Triton cases run on a GPU where there is one. Attention has kernels
-# to compile for each type, head_dim and mask, too many for the time: `pytest -k triton` runs all.
+# The kernels' own tests, whose Triton cases run on a GPU where there is one, and those of CUDA's
+# kernels of cross-entropy. Attention has kernels to compile for each type, head_dim and mask, too
+# many for the time: `pytest -k "triton or cuda"` runs all.
 ORDINARY_TESTS = (
     TestFile(
         "tests/test_cross_entropy.py",
         5,
-        "triton",
-        "triton and error and (1024 or 50257) and (bfloat16 or float32)",
+        "triton or cuda",
+        "(triton or cuda) and error and (1024 or 50257) and (bfloat16 or float32)",
     ),
     TestFile(
         "tests/test_attention.py",
@@ -286,7 +295,12 @@ ORDINARY_TESTS = (
         "triton and not float32 and (practice or correlated or grouped or masked or hidden)",
         "triton and practice and bfloat16",
     ),
-    TestFile("tests/test_cross_entropy_autograd.py", 2, "triton", "triton and second_derivatives"),
+    TestFile(
+        "tests/test_cross_entropy_autograd.py",
+        2,
+        "triton or cuda",
+        "(triton or cuda) and second_derivatives",
+    ),
     TestFile(
         "tests/test_attention_autograd.py",
         4,
@@ -307,7 +321,7 @@ def _tests(name: str, budget: float, files: Sequence[TestFile], quick: bool) -> 
     if quick:
         notes.append("the quick run takes a part of them")
     elif any(file.full for file in files):
-        notes.append("a part of them; without a limit of time: pytest -k triton")
+        notes.append("a part of them; without a limit of time: pytest -k 'triton or cuda'")
     if not _has("hypothesis"):
         left_out = [file for file in files if _imports(ROOT / file.path, "hypothesis")]
         files = [file for file in files if file not in left_out]
@@ -317,15 +331,61 @@ def _tests(name: str, budget: float, files: Sequence[TestFile], quick: bool) -> 
     return Stage(name, budget, commands, notes=tuple(notes), unable=unable)
 
 
+def _capability() -> tuple[int, int] | None:
+    """Of the GPU; None where torch is no CUDA build. Another process asks, and its memory on the
+    GPU is free again.
+    """
+    code = (
+        "import torch; print(*torch.cuda.get_device_capability() if torch.version.cuda and "
+        "torch.cuda.is_available() else ())"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    found = (asked.stdout or "").split()
+    return (int(found[0]), int(found[1])) if len(found) == 2 else None
+
+
+def _install(budget: float) -> Stage:
+    """With CUDA kernels, which must be built, for this GPU alone unless others are asked for."""
+    pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps")
+    command = (*pip, "--no-build-isolation", "--disable-pip-version-check", "-e", ".")
+    capability = _capability()
+    if capability is None:
+        return Stage("install in place", budget, (command,), notes=("without CUDA kernels",))
+    environment = {"FASTGPT_CUDA": "1", "FASTGPT_FORCE_BUILD": "1"}
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or _architecture(capability)
+    environment["TORCH_CUDA_ARCH_LIST"] = wanted
+    notes = (f"CUDA kernels for {wanted}",)
+    return Stage("install in place", budget, (command,), environment, notes=notes)
+
+
+def _architecture(capability: tuple[int, int]) -> str:
+    """What the kernels are compiled for to run on it. Code for 9.0a runs on 9.0 only; that of 8.0
+    on every 8.x; and of later GPUs' the drivers make their own, from PTX.
+    """
+    if capability == (9, 0):
+        return "9.0a"
+    return "8.0" if capability[0] == 8 else "8.0+PTX"
+
+
 def _sanitizer(quick: bool, budget: float) -> Stage:
+    """The memory checker over the kernels of both backends; that of races, which takes longer, over
+    CUDA's own.
+    """
     homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
     folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
     tool = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
-    script = ROOT / "tests" / "device" / "memcheck.py"
-    command = (
-        *(tool or "", "--tool", "memcheck", "--error-exitcode", "1"),
-        *("--target-processes", "application-only", sys.executable, str(script)),
-    )
+    script = (sys.executable, str(ROOT / "tests" / "device" / "memcheck.py"))
+
+    def command(check: str, *arguments: str) -> tuple[str, ...]:
+        options = ("--tool", check, "--error-exitcode", "1")
+        where = ("--target-processes", "application-only")
+        return (tool or "", *options, *where, *script, *arguments)
+
+    commands = [
+        command("memcheck", "--backend", "triton"),
+        command("memcheck", "--backend", "native"),
+        command("racecheck", "--backend", "native"),
+    ]
     left_out = ""
     if quick:
         left_out = "not in the quick run"
@@ -333,13 +393,14 @@ def _sanitizer(quick: bool, budget: float) -> Stage:
         left_out = "compute-sanitizer is not on PATH"
     # Each tensor from the driver: in the allocator's large blocks, one may reach into the next.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Stage("memory checker", budget, (command,), environment, left_out=left_out)
+    return Stage("sanitizers", budget, tuple(commands), environment, left_out=left_out)
 
 
-def _benchmark(op: str, quick: bool, budget: float) -> Stage:
+def _benchmark(op: str, quick: bool, budget: float, a_shape: float) -> Stage:
+    """`a_shape`: seconds of rounds for each."""
     report = (sys.executable, "-m", "benchmarks.report", "--device", "cuda", "--op", op)
     # The start and the last file take a few seconds of the budget.
-    options = ["--seconds", f"{budget - 10:.0f}", "--budget", "1.5" if quick else "4"]
+    options = ["--seconds", f"{budget - 10:.0f}", "--budget", f"{a_shape:g}"]
     if not quick:
         options.append("--long")
     name = f"benchmark of {op.replace('_', '-')}"
@@ -352,22 +413,20 @@ def stages(quick: bool) -> list[Stage]:
     def budget(full: float, short: float) -> float:
         return short if quick else full
 
-    pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps")
-    install = (*pip, "--no-build-isolation", "--disable-pip-version-check", "-e", ".")
     return [
-        Stage("install in place", budget(75, 35), (install,)),
+        _install(budget(120, 65)),
         Stage(
             "fastgpt.info",
-            budget(15, 12),
+            budget(10, 9),
             ((sys.executable, "-m", "fastgpt.info"),),
             print_log=True,
         ),
-        _tests("device tests", budget(135, 40), DEVICE_TESTS, quick),
-        _tests("ordinary tests on the GPU", budget(115, 15), ORDINARY_TESTS, quick),
-        _sanitizer(quick, budget(35, 0)),
-        _benchmark("cross_entropy", quick, budget(65, 23)),
-        _benchmark("attention", quick, budget(85, 25)),
-        _benchmark("linear_cross_entropy", quick, budget(55, 23)),
+        _tests("device tests", budget(120, 31), DEVICE_TESTS, quick),
+        _tests("ordinary tests on the GPU", budget(80, 13), ORDINARY_TESTS, quick),
+        _sanitizer(quick, budget(40, 0)),
+        _benchmark("cross_entropy", quick, budget(100, 20), budget(2.5, 1.5)),
+        _benchmark("attention", quick, budget(65, 18), budget(3, 1.5)),
+        _benchmark("linear_cross_entropy", quick, budget(45, 18), budget(3, 1.5)),
     ]
 
 

@@ -34,6 +34,8 @@ class Provider:
 
 
 FASTGPT = "fastgpt"
+CUDA = "fastgpt, CUDA"
+TRITON = "fastgpt, Triton"
 IN_PLACE = "fastgpt, in place"
 RECOMPUTE = "fastgpt, recompute"
 UNFUSED = "matmul, fastgpt"
@@ -42,6 +44,9 @@ CHUNKED = "torch chunked"
 COMPILED = "torch.compile"
 NAIVE = "naive"
 MATH = "torch math"
+
+# Whose gate is never to be red.
+OWN = (FASTGPT, CUDA, TRITON, IN_PLACE, RECOMPUTE, UNFUSED)
 
 # Another kernel's own roundings, of weights to 16 bits and of sums in whatever order: a peer may be
 # that much less accurate than torch and still compute the same thing. fastgpt may not.
@@ -208,6 +213,30 @@ def _rows_only(shape: CrossEntropyShape) -> None:
         raise UnavailableError("takes (N, C) only")
 
 
+def _held(backend: str) -> Callable[[CrossEntropyShape], Function]:
+    """fastgpt's function, held to one of its backends. The backward runs the kernels of the backend
+    that its forward chose, wherever autograd calls it.
+    """
+
+    def build(shape: CrossEntropyShape) -> Function:
+        arguments = shape.inputs().arguments
+        try:
+            with fastgpt.backend(backend):
+                explanation = fastgpt.explain(fastgpt.cross_entropy, *arguments)
+        except RuntimeError as error:  # it can run nothing on this machine
+            raise UnavailableError(str(error)) from error
+        if explanation.backend != backend:
+            raise UnavailableError(dict(explanation.decisions)[backend])
+
+        def held(*arguments: Any, **keywords: Any) -> Tensor:
+            with fastgpt.backend(backend):
+                return fastgpt.cross_entropy(*arguments, **keywords)
+
+        return held
+
+    return build
+
+
 def _liger(shape: CrossEntropyShape) -> Function:
     function = _import(
         "liger_kernel", "liger_kernel.transformers.functional", "liger_cross_entropy"
@@ -273,8 +302,11 @@ def _flex_attention(shape: AttentionShape) -> Function:
     return _tried(shape, attention)
 
 
+# The first row is what a user gets, one of the next two.
 CUDA_CROSS_ENTROPY = (
     Provider(FASTGPT, lambda shape: fastgpt.cross_entropy),
+    Provider(CUDA, _held("native")),
+    Provider(TRITON, _held("triton")),
     Provider(EAGER, lambda shape: F.cross_entropy),
     Provider(COMPILED, _compiled_cross_entropy, _ALLOWED),
     Provider(NAIVE, _naive_cross_entropy, allowed=None),

@@ -22,7 +22,7 @@ import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,14 @@ import torch
 
 import fastgpt
 from benchmarks import UnavailableError, peers
-from benchmarks.compare import Comparison, RedGateError, compare, headline, markdown
+from benchmarks.compare import (
+    Comparison,
+    RedGateError,
+    compare,
+    headline,
+    markdown,
+    shares,
+)
 from benchmarks.shapes import SHAPES, Shape
 
 RESULTS = Path(__file__).parent / "results"
@@ -263,13 +270,17 @@ def main() -> None:
     red: list[str] = []
     for op, of_op in itertools.groupby(shapes, key=lambda shape: shape.op):
         comparisons: list[Comparison] = []
+        before = len(red)
         try:
             for comparison in _compare_each(of_op, arguments.budget, end, red):
                 comparisons.append(comparison)
                 print(f"\n{headline(comparison)}\n\n{markdown(comparison)}", flush=True)
+                red += [f"{comparison.shape}: red gate: {row}" for row in comparison.wrong()]
         finally:  # interrupted: what was measured is kept
             if comparisons:
-                _write(op, comparisons, where, arguments.out)
+                if op == "cross_entropy":
+                    print(f"\n{shares(comparisons)}", flush=True)
+                _write(op, comparisons, where, arguments.out, red[before:])
     if red:
         sys.exit("\n".join(red))
 
@@ -301,12 +312,20 @@ def _title(op: str) -> str:
     return op.replace("_", "-")
 
 
-def _write(op: str, comparisons: list[Comparison], where: dict[str, Any], folder: Path) -> None:
+def _write(
+    op: str,
+    comparisons: list[Comparison],
+    where: dict[str, Any],
+    folder: Path,
+    failed: Sequence[str] = (),
+) -> None:
+    """`failed`: what of fastgpt was wrong or ended in an error."""
     date = datetime.datetime.now(datetime.timezone.utc)
     record = {
         "date": date.isoformat(timespec="seconds"),
         "op": op,
         "machine": where,
+        "failed": list(failed),
         "comparisons": [comparison.as_json() for comparison in comparisons],
     }
     stem = folder / f"{date:%Y-%m-%d-%H%M%S}-{_title(op)}-{where['device']}"

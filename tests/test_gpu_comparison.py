@@ -1,6 +1,7 @@
 """The benchmarks' comparison on a GPU, with a clock and tensors of the CPU in its place."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fastgpt
-from benchmarks import UnavailableError, compare, gates, peers, report, roofline, timing
+from benchmarks import UnavailableError, compare, defaults, gates, peers, report, roofline, timing
 from benchmarks.peers import Provider
 from benchmarks.shapes import (
     CUDA_CROSS_ENTROPY,
@@ -22,6 +23,7 @@ from benchmarks.shapes import (
     CrossEntropyShape,
     LinearCrossEntropyShape,
 )
+from fastgpt.ops.cross_entropy import CrossEntropyBackward
 
 
 class Event:
@@ -490,19 +492,345 @@ def test_flex_attention_attends_otherwise_than_attention(monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+# ---- the backends of fastgpt ----
+
+
+def held_row(backend):
+    name = {"native": peers.CUDA, "triton": peers.TRITON}[backend]
+    (provider,) = (p for p in peers.CUDA_CROSS_ENTROPY if p.name == name)
+    return provider
+
+
+def test_a_row_is_of_another_backend_than_its_name_says(fake_cuda, monkeypatch):
+    """On the CPU, where the native kernels are those that can be had: forward and backward."""
+    chosen, run = [], []
+    choose, launch = fastgpt.dispatch.choose, CrossEntropyBackward.forward
+
+    def recorded(*arguments):
+        decisions = choose(*arguments)
+        chosen.append(decisions[-1].backend)
+        return decisions
+
+    def launched(*arguments):
+        run.append(arguments[-1])
+        return launch(*arguments)
+
+    function = held_row("native").build(dataclasses.replace(LOSS, name="held"))
+    monkeypatch.setattr(fastgpt.dispatch, "choose", recorded)
+    monkeypatch.setattr(CrossEntropyBackward, "forward", launched)
+    inputs = LOSS.inputs()
+    loss = functools.partial(function, z_loss=1e-3)  # by the way that GPUs take
+    with fastgpt.backend("eager"):  # what is outside of the call does not matter
+        inputs.gradients(inputs.value(loss))
+    assert chosen == ["native"]
+    assert run == ["native"]
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_row_whose_backend_is_off_runs_on_another_or_gives_no_reason(
+    fake_cuda, monkeypatch, backend
+):
+    cell = fastgpt.dispatch.Cell("cross_entropy", backend, "cpu", "it was not built")
+    monkeypatch.setitem(fastgpt.dispatch.TABLE, ("cross_entropy", backend, "cpu"), cell)
+    with pytest.raises(UnavailableError, match="it was not built"):
+        held_row(backend).build(LOSS)
+    for key, other in list(fastgpt.dispatch.TABLE.items()):  # ... and with nothing else to run
+        if other.backend == backend:
+            off = dataclasses.replace(other, reason="it was not built")
+            monkeypatch.setitem(fastgpt.dispatch.TABLE, key, off)
+    with pytest.raises(UnavailableError, match="it was not built"):
+        held_row(backend).build(LOSS)
+
+
+def test_what_a_backend_does_not_cover_is_its_row(fake_cuda, monkeypatch):
+    cell = fastgpt.dispatch.Cell("cross_entropy", "native", "cpu", "", lambda call: "strides: odd")
+    monkeypatch.setitem(fastgpt.dispatch.TABLE, ("cross_entropy", "native", "cpu"), cell)
+    with pytest.raises(UnavailableError, match=r"^strides: odd$"):
+        held_row("native").build(LOSS)
+
+
+def test_a_wrong_kernel_of_our_own_is_left_out_unnoticed(fake_cuda, monkeypatch):
+    def wrong(shape):
+        return lambda x, t: F.cross_entropy(x, t) * 1.01
+
+    set_providers(
+        monkeypatch,
+        "cross_entropy",
+        Provider(peers.FASTGPT, lambda shape: fastgpt.cross_entropy),
+        Provider(peers.CUDA, wrong),
+        Provider(peers.TRITON, unavailable),
+        Provider(peers.EAGER, lambda shape: F.cross_entropy),
+        Provider("Liger", wrong),
+    )
+    found = compare.compare(LOSS, budget=0, rounds=(3, 3))
+    (told,) = found.wrong()
+    assert told.startswith("fastgpt, CUDA: error")
+    assert found.row(peers.EAGER).measured
+
+
+def test_the_share_of_the_copy_rate_is_not_that_of_the_bytes(fake_cuda, monkeypatch):
+    """A forward is a read, a forward and backward two reads and a write."""
+
+    class Floored(OnCpu, CrossEntropyShape):
+        def floor(self):
+            return roofline.CudaCopyFloor(self.logits_bytes)
+
+    shape = Floored("small", 24, 50, torch.float32, "", device="cuda")
+    rate = 1e6  # bytes copied a second, read and written together
+
+    def copied(run):
+        return 2 * shape.logits_bytes / rate
+
+    ones = torch.ones
+    monkeypatch.setattr(roofline, "cuda_seconds", copied)
+    monkeypatch.setattr(torch, "ones", lambda *size, device=None, **kw: ones(*size, **kw))
+    set_providers(
+        monkeypatch,
+        "cross_entropy",
+        Provider(peers.FASTGPT, lambda shape: fastgpt.cross_entropy),
+        Provider(peers.EAGER, lambda shape: F.cross_entropy),
+        Provider("absent", unavailable),
+    )
+    found = compare.compare(shape, budget=0, rounds=(3, 3))
+    row = found.row(peers.EAGER)
+    want = {"forward": 1, "full": 3}
+    for which, times in want.items():
+        share = times * shape.logits_bytes / row.median(which) / rate
+        assert found.share(peers.EAGER, which) == pytest.approx(share)
+        (plain,) = (r for r in found.as_json()["rows"] if r["provider"] == peers.EAGER)
+        assert plain["share_of_floor"][which] == pytest.approx(share)
+        assert f"({share:.0%})" in compare.markdown(found)
+    shown = ", ".join(f"{found.share(peers.EAGER, which):.0%}" for which in want)
+    header, _, line = compare.shares([found]).splitlines()
+    assert header == "| forward, both ÷ memory floor | fastgpt | torch eager | absent |"
+    assert line.startswith("| float32 24x50 | ")
+    assert line.endswith(f" | {shown} |  |")
+    assert compare.shares([compare.compare(LOSS, budget=0, rounds=(3, 3))]) == ""
+
+
+def test_logits_by_columns_are_rows_or_other_numbers(fake_cuda, monkeypatch):
+    whole = dataclasses.replace(LOSS, rows=24, sequence=6)
+    columns = dataclasses.replace(whole, columns=True)
+    (x, t), (y, u) = (shape.inputs().arguments for shape in (whole, columns))
+    assert y.is_contiguous()
+    assert not x.is_contiguous()
+    assert x.shape == y.shape == (4, 50, 6)
+    assert torch.equal(x, y)
+    assert torch.equal(t, u)
+    set_providers(
+        monkeypatch,
+        "cross_entropy",
+        Provider(peers.FASTGPT, lambda shape: fastgpt.cross_entropy),
+        Provider(peers.EAGER, lambda shape: F.cross_entropy),
+        Provider("wrong", lambda shape: lambda x, t: F.cross_entropy(x * 1.01, t)),
+    )
+    found = compare.compare(columns, budget=0, rounds=(3, 3))
+    assert found.row("wrong").red
+    assert "by columns" in str(columns)
+
+
+def test_a_gpus_losses_are_of_too_few_kinds():
+    """The targets are for wide rows of both types; small ones and other layouts are beside them."""
+    wide = {(s.classes, s.dtype) for s in CUDA_CROSS_ENTROPY if s.classes >= 32000}
+    assert {(50304, d) for d in (torch.bfloat16, torch.float32)} <= wide
+    assert {c for c, _ in wide} >= {50257, 50304, 128256, 262144}
+    assert {s.classes for s in CUDA_CROSS_ENTROPY} >= {65, 256, 1000}
+    assert {(bool(s.sequence), s.columns) for s in CUDA_CROSS_ENTROPY} == {
+        (False, False),
+        (True, False),
+        (True, True),
+    }
+    for shape in CUDA_CROSS_ENTROPY:
+        assert shape.bytes_needed(len(peers.CUDA_CROSS_ENTROPY)) < 75e9, shape.name
+
+
+# ---- which of them is the default ----
+
+
+def result(**changes):
+    """A result file of the report: two shapes on which CUDA is faster, one where it can't run."""
+
+    def row(provider, seconds=None, reason="", red=False):
+        plain = {"provider": provider, "reason": reason, "red": red}
+        return plain if seconds is None else {**plain, "median_seconds": {"full": seconds}}
+
+    def shape(name, cuda, triton):
+        rows = [row(peers.FASTGPT, 9.0), row(peers.CUDA, **cuda), row(peers.TRITON, **triton)]
+        return {"shape": {"name": name}, "rows": rows}
+
+    return {
+        "date": "2027-01-02T03:04:05+00:00",
+        "op": "cross_entropy",
+        "machine": {
+            "device": "cuda",
+            "gpu": "NVIDIA H100",
+            "capability": "9.0",
+            "commit": "0123456789ab",
+        },
+        "failed": [],
+        "comparisons": [
+            shape("a", {"seconds": 2.0}, {"seconds": 3.0}),
+            shape("b", {"seconds": 1.0}, {"seconds": 1.3}),
+            shape("c", {"reason": "not implemented"}, {"seconds": 1.0}),
+        ],
+        **changes,
+    }
+
+
+def test_the_default_is_not_the_faster_of_the_two():
+    assert defaults.entry(result()) == {
+        "op": "cross_entropy",
+        "chip": "sm_90",
+        "gpu": "NVIDIA H100",
+        "date": "2027-01-02T03:04:05+00:00",
+        "commit": "0123456789ab",
+        "ratio": 1.4,
+        "shapes": ["a", "b"],
+    }
+
+
+def without(name):
+    return {key: value for key, value in result()["machine"].items() if key != name}
+
+
+def changed(name, **changes):
+    comparisons = result()["comparisons"]
+    for comparison in comparisons:
+        for row in comparison["rows"]:
+            if row["provider"] == name:
+                row.pop("median_seconds", None)
+                row.update({"reason": "off", **changes})
+    return comparisons
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"op": "attention"}, "expected a result of cross_entropy, got one of attention"),
+        ({"machine": {"device": "cpu"}}, "expected a result from a GPU, got one from a cpu"),
+        ({"machine": without("gpu")}, "does not say its gpu"),
+        ({"machine": without("capability")}, "does not say its capability"),
+        ({"machine": {**without(""), "commit": None}}, "does not say its commit"),
+        ({"date": ""}, "does not say its date"),
+        ({"failed": ["gpt2-bf16: no report: wrong"]}, "a gate failed: gpt2-bf16: no report: wrong"),
+        ({"comparisons": changed(peers.CUDA, red=True)}, "a gate failed: fastgpt, CUDA on a: off"),
+        ({"comparisons": changed(peers.CUDA)}, "no shape has both .*a: fastgpt, CUDA: off"),
+        ({"comparisons": changed(peers.TRITON)}, "no shape has both .*a: fastgpt, Triton: off"),
+        ({"comparisons": changed(peers.TRITON, provider="x")}, "Triton: it has no such row"),
+        ({"comparisons": []}, "there are none"),
+    ],
+)
+def test_a_result_that_proves_nothing_makes_a_default(changes, message):
+    with pytest.raises(defaults.UnfitError, match=message):
+        defaults.entry(result(**changes))
+
+
+def test_a_result_of_an_older_report_makes_a_default():
+    record = result()
+    del record["failed"]
+    with pytest.raises(defaults.UnfitError, match="of an older report"):
+        defaults.entry(record)
+
+
+def test_the_stored_defaults_are_lost_or_kept_twice(tmp_path, capsys):
+    path, measured = tmp_path / "result.json", tmp_path / "backends" / "measured.json"
+    path.write_text(json.dumps(result()))
+    defaults.main([str(path)], measured)
+    assert not measured.exists()
+    shown = capsys.readouterr().out
+    assert '"ratio": 1.4' in shown
+    assert "CUDA is the faster on sm_90, over 2 shapes" in shown
+
+    defaults.main([str(path), "--write"], measured)
+    a100 = result(machine={**result()["machine"], "capability": "8.0"})
+    slower = result(comparisons=[*result()["comparisons"][1:2]], date="2027-02-02")
+    slower["comparisons"][0]["rows"][1]["median_seconds"]["full"] = 2.6
+    for record in (a100, slower):
+        path.write_text(json.dumps(record))
+        defaults.main([str(path), "--write"], measured)
+    stored = json.loads(measured.read_text())
+    assert [(e["chip"], e["ratio"]) for e in stored] == [("sm_80", 1.4), ("sm_90", 0.5)]
+    assert stored[1]["date"] == "2027-02-02"
+    assert "Triton is the faster on sm_90, over 1 shapes" in capsys.readouterr().out
+    assert list(measured.parent.iterdir()) == [measured], "a temporary file was left"
+
+
+def test_a_result_that_is_not_there_is_a_traceback(tmp_path):
+    with pytest.raises(SystemExit, match="No such file"):
+        defaults.main([str(tmp_path / "absent.json")], tmp_path / "measured.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"bad.json: Expecting"):
+        defaults.main([str(tmp_path / "bad.json")], tmp_path / "measured.json")
+
+
+# What `entry` reads is what `as_json` and `_write` write.
+def test_a_file_of_the_report_can_not_be_read(fake_cuda, monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    set_providers(
+        monkeypatch,
+        "cross_entropy",
+        Provider(peers.FASTGPT, lambda shape: fastgpt.cross_entropy),
+        Provider(peers.CUDA, lambda shape: fastgpt.cross_entropy),
+        Provider(peers.TRITON, lambda shape: F.cross_entropy),
+        Provider(peers.EAGER, lambda shape: F.cross_entropy),
+    )
+    found = compare.compare(LOSS, budget=0, rounds=(3, 3))
+    where = {"device": "cuda", "gpu": "Some GPU", "capability": "9.0", "commit": "0123"}
+    report._write("cross_entropy", [found], where, tmp_path)
+    (path,) = tmp_path.iterdir()
+    defaults.main([str(path), "--write"], tmp_path / "measured.json")
+    (stored,) = json.loads((tmp_path / "measured.json").read_text())
+    ratio = found.row(peers.TRITON).median("full") / found.row(peers.CUDA).median("full")
+    assert stored["ratio"] == pytest.approx(ratio, abs=1e-3)
+    report._write("cross_entropy", [found], where, tmp_path / "failed", ["it failed"])
+    (path,) = (tmp_path / "failed").iterdir()
+    with pytest.raises(SystemExit, match="a gate failed: it failed"):
+        defaults.main([str(path)], tmp_path / "measured.json")
+
+
+def test_the_report_does_not_record_what_a_default_needs(monkeypatch):
+    properties = SimpleNamespace(
+        name="Some GPU", major=9, minor=0, multi_processor_count=1, total_memory=1, L2_cache_size=1
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    where = report.machine("cuda")
+    assert (where["gpu"], where["capability"]) == ("Some GPU", "9.0")
+    assert where["commit"]
+
+
 # ---- the report ----
 
 
 @pytest.fixture
 def reported(monkeypatch, tmp_path, capsys):
-    """Runs the report of three shapes whose comparison is a function of the name."""
+    """Runs the report of three shapes whose comparison is a function of the name. What the file
+    would say has failed is in `failures`.
+    """
+    failures = []
 
     def run(comparison, *arguments):
-        written = []
-        monkeypatch.setattr(report, "compare", lambda shape, budget: comparison(shape.name))
-        monkeypatch.setattr(report, "headline", str)
-        monkeypatch.setattr(report, "markdown", str)
-        monkeypatch.setattr(report, "_write", lambda op, found, where, out: written.extend(found))
+        written, failures[:] = [], []
+
+        class Compared(str):
+            shape = property(str)
+
+            def wrong(self):
+                return ["fastgpt, CUDA: error 1"] if self == "red" else []
+
+        def write(op, found, where, out, failed):
+            written.extend(found)
+            failures.extend(failed)
+
+        monkeypatch.setattr(
+            report, "compare", lambda shape, budget: Compared(comparison(shape.name))
+        )
+        for name in ("headline", "markdown", "shares"):
+            monkeypatch.setattr(report, name, str)
+        monkeypatch.setattr(report, "_write", write)
         names = ("gpt2-fp32", "demo-fp32", "char-fp32")
         shapes = [f"--shape={name}" for name in names]
         monkeypatch.setattr(sys, "argv", ["report", *shapes, *arguments])
@@ -513,6 +841,7 @@ def reported(monkeypatch, tmp_path, capsys):
             ended = error
         return written, ended, capsys.readouterr().out
 
+    run.failures = failures
     return run
 
 
@@ -528,7 +857,16 @@ def test_a_red_gate_or_an_error_ends_the_report_or_is_none(reported, error):
     written, ended, shown = reported(comparison)
     assert written == ["char-fp32"]
     assert f"no report: {error.__name__}: wrong" in str(ended)
+    assert len(reported.failures) == 1
+    assert f"no report: {error.__name__}: wrong" in reported.failures[0]
     assert "left out: needs 80 GiB" in shown
+
+
+def test_a_red_gate_of_our_own_is_not_told_or_costs_the_other_rows(reported):
+    written, ended, _ = reported(lambda name: "red" if name == "demo-fp32" else name)
+    assert written == ["gpt2-fp32", "red", "char-fp32"]
+    assert str(ended) == "red: red gate: fastgpt, CUDA: error 1"
+    assert reported.failures == [str(ended)]
 
 
 def test_an_interrupted_report_loses_what_it_measured(reported):

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import gpu, gpu_check
 from benchmarks.gpu import Outcome, Stage
+from fastgpt import dispatch
 
 ROOT = Path(__file__).parent.parent
 MEMCHECK = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "device")))
@@ -30,6 +32,14 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def code(text: str) -> tuple[str, ...]:
     return (sys.executable, "-c", text)
+
+
+@pytest.fixture(autouse=True)
+def capability(monkeypatch):
+    """Of a GPU that is not asked: each time would be a process that loads torch."""
+    asked = gpu._capability
+    monkeypatch.setattr(gpu, "_capability", lambda: (9, 0))
+    return asked
 
 
 # ---- the check ----
@@ -214,8 +224,101 @@ def test_a_missing_package_is_not_mentioned(monkeypatch):
 
 def test_a_missing_sanitizer_is_a_failure_or_silent(monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
-    (stage,) = (stage for stage in gpu.stages(quick=False) if stage.name == "memory checker")
+    (stage,) = (stage for stage in gpu.stages(quick=False) if stage.name == "sanitizers")
     assert stage.left_out == "compute-sanitizer is not on PATH"
+
+
+def test_the_sanitizers_check_too_little(monkeypatch, tmp_path):
+    """Memory of both backends, races of CUDA's own; what either finds is a failure and shown."""
+    tool = tmp_path / "compute-sanitizer"
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: str(tool))
+    (stage,) = (stage for stage in gpu.stages(quick=False) if stage.name == "sanitizers")
+    checked = {
+        (command[command.index("--tool") + 1], command[command.index("--backend") + 1])
+        for command in stage.commands
+    }
+    assert checked == {("memcheck", "triton"), ("memcheck", "native"), ("racecheck", "native")}
+    for command in stage.commands:
+        assert command[command.index("--error-exitcode") + 1] == "1"
+        assert Path(command[command.index(sys.executable) + 1]).exists()
+    tool.write_text(
+        """#!/bin/sh
+case "$2" in memcheck) echo "========= ERROR SUMMARY: 0 errors"; exit 0;; esac
+echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+exit 1
+"""
+    )
+    tool.chmod(0o755)
+    (outcome,) = gpu.run([stage], tmp_path / "logs")
+    assert outcome.state == "failed"
+    assert "RACECHECK SUMMARY: 1 hazard displayed" in gpu.summary([outcome])
+    (stage,) = (stage for stage in gpu.stages(quick=True) if stage.name == "sanitizers")
+    assert stage.left_out == "not in the quick run"
+
+
+# ---- the install ----
+
+
+def test_the_install_takes_another_architecture_than_the_gpus(monkeypatch):
+    for found, wanted in {
+        (8, 0): "8.0",
+        (8, 6): "8.0",
+        (8, 9): "8.0",
+        (9, 0): "9.0a",
+        (10, 0): "8.0+PTX",
+        (12, 0): "8.0+PTX",
+    }.items():
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        monkeypatch.setattr(gpu, "_capability", lambda found=found: found)
+        install = gpu.stages(quick=False)[0]
+        assert install.environment == {
+            "FASTGPT_CUDA": "1",
+            "FASTGPT_FORCE_BUILD": "1",
+            "TORCH_CUDA_ARCH_LIST": wanted,
+        }
+        assert f"CUDA kernels for {wanted}" in install.notes
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+        asked = gpu.stages(quick=False)[0].environment["TORCH_CUDA_ARCH_LIST"]
+        assert asked == "8.0;9.0a", "what the user asked for is not built"
+
+
+def test_a_torch_without_cuda_is_asked_for_its_kernels(monkeypatch):
+    """ROCm's has a GPU, too."""
+    monkeypatch.setattr(gpu, "_capability", lambda: None)
+    install = gpu.stages(quick=False)[0]
+    assert "FASTGPT_CUDA" not in install.environment
+    assert install.notes == ("without CUDA kernels",)
+
+
+def test_the_gpu_is_not_asked_what_it_is(capability, monkeypatch):
+    """In a process of its own, whose torch here is a fake or has no GPU to see."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert capability() is None
+
+    def answering(text):
+        def run(command, **options):
+            assert options["capture_output"]
+            return subprocess.CompletedProcess(command, 0 if text else 1, stdout=text)
+
+        return run
+
+    for text, found in (("8 9\n", (8, 9)), ("", None), ("\n", None), (None, None)):
+        monkeypatch.setattr(gpu.subprocess, "run", answering(text))
+        assert capability() == found
+
+
+def test_the_reason_why_the_cuda_part_was_not_built_is_not_in_the_summary(tmp_path):
+    """pip indents what the build printed, and ends with lines that say nothing."""
+    lines = [
+        "  Building editable for fastgpt (pyproject.toml): finished with status 'error'",
+        "      error: FASTGPT_CUDA=1 could not be met. No CUDA toolkit was found.",
+        "      [end of output]",
+        *[f"  note: {number}" for number in range(6)],
+    ]
+    failed = code(f"print({chr(10).join(lines)!r}); raise SystemExit(1)")
+    (outcome,) = gpu.run([Stage("install in place", 30, (failed,))], tmp_path)
+    assert outcome.state == "failed"
+    assert "error: FASTGPT_CUDA=1 could not be met. No CUDA toolkit" in gpu.summary([outcome])
 
 
 def test_a_file_of_device_tests_is_run_by_no_stage():
@@ -259,7 +362,10 @@ def test_device_tests_vanish_silently_or_can_not_be_imported():
 @pytest.mark.parametrize(
     ("file", "choice"),
     [
-        ("cross_entropy", "strides or ignored or (smoothing and 130) or (exact and 1025)"),
+        (
+            "cross_entropy",
+            "strides or ignored or (smoothing and 130) or (exact and 1025) or in_place",
+        ),
         ("attention", "group or hidden or (exact and bfloat16 and 80) or (mask and bool)"),
         ("execution", "eager"),
         ("large", "wrong"),
@@ -278,9 +384,76 @@ def test_a_device_test_that_needs_only_its_kernels_fails(file, choice):
     assert re.search(r"\d+ passed", ended.stdout)
 
 
-def test_the_script_for_the_memory_checker_is_broken():
-    ended = python("-c", "import memcheck; memcheck.main('cpu')", PYTHONPATH=MEMCHECK)
-    assert ended.stdout.strip() == "both ops ran", ended.stderr
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_script_for_the_memory_checker_is_broken(backend):
+    """On the CPU, where `native` has other kernels of the same names."""
+    code = f"import memcheck; memcheck.main('cpu', ['{backend}'])"
+    interpret = {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
+    ended = python("-c", code, PYTHONPATH=MEMCHECK, **interpret)
+    assert ended.stdout.strip() == f"the kernels of {backend} ran", ended.stderr
+
+
+def test_the_memory_checker_checks_another_backend_than_it_says():
+    """Not only of an op that is asked for: here Triton runs nothing without its interpreter."""
+    code = "import memcheck; memcheck.rows('triton', 'cpu')"
+    ended = python("-c", code, PYTHONPATH=MEMCHECK, CUDA_VISIBLE_DEVICES="")
+    assert ended.returncode != 0
+    assert "AssertionError: cross_entropy on cpu runs on native" in ended.stderr
+
+
+def test_a_gpu_without_the_native_kernels_skips_their_tests(tmp_path):
+    """With a torch that says there is a GPU, and a build that has left them out. The reason is in
+    the summary.
+    """
+    test = code(
+        """
+import pytest, torch
+torch.cuda.is_available = lambda: True
+from fastgpt import dispatch
+key = ("cross_entropy", "native", "cuda")
+dispatch.register(dispatch.Cell(*key, "it was not built"))
+choice = "(native and (bits or leaks)) or (columns_lead and 65 and matrix and bfloat16)"
+file = "tests/device/test_device_cross_entropy.py"
+raise SystemExit(pytest.main(["-q", "-rsfE", "-p", "no:cacheprovider", file, "-k", choice]))
+"""
+    )
+    (outcome,) = gpu.run([Stage("tests", 120, (test,), {"CUDA_VISIBLE_DEVICES": ""})], tmp_path)
+    text = gpu.summary([outcome])
+    assert outcome.state == "failed"
+    assert "3 errors" in text
+    assert text.count("Failed: cross_entropy is off on native: it was not built") >= 3, text
+
+
+# ---- the backends of the ordinary tests ----
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason", "found"), [(True, "", True), (True, "off", False), (False, "", False)]
+)
+def test_cudas_kernels_are_in_the_lists_where_they_can_not_run(monkeypatch, gpu, reason, found):
+    import backends
+
+    key = ("cross_entropy", "native", "cuda")
+    monkeypatch.setitem(dispatch.TABLE, key, dispatch.Cell(*key, reason))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    listed = backends.on_cuda()
+    assert [repr(backend) for backend in listed] == (["cuda"] if found else [])
+    assert all((b.name, b.device) == ("native", "cuda") for b in listed)
+
+
+def test_cudas_kernels_are_asked_for_another_op():
+    import backends
+
+    def item(file: str, **params: object) -> SimpleNamespace:
+        return SimpleNamespace(path=Path(file), callspec=SimpleNamespace(params=params))
+
+    cuda = backends.Backend("native", device="cuda")
+    assert backends.lacks_cuda(item("tests/test_attention.py", n=3, kernel=cuda))
+    assert not backends.lacks_cuda(item("tests/test_attention.py", kernel=backends.NATIVE[-1]))
+    assert not backends.lacks_cuda(item("tests/test_attention.py", kernel=backends.TRITON))
+    assert not backends.lacks_cuda(item("tests/test_cross_entropy.py", kernel=cuda))
+    assert not backends.lacks_cuda(SimpleNamespace(path=Path("test_info.py")))
 
 
 def test_a_part_of_the_tests_is_in_no_shard(tmp_path):

@@ -1,10 +1,13 @@
-"""Calls of both ops that the tests of streams, graphs and compilation share."""
+"""Calls of both ops that the tests of streams, graphs and compilation share, with the backends they
+run on.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
-from device_oracle import both, normal, targets
+from device_oracle import BACKENDS, both, normal, targets
 from torch import Tensor
 
 import fastgpt
@@ -48,6 +51,41 @@ def loss_with_options(seed: int = 0, device: str = "cuda") -> Call:
     return Call(function, (x,), (t, weight), torch.tensor(1.5, device=device))
 
 
+def loss_with_everything(seed: int = 0, device: str = "cuda") -> Call:
+    def function(x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        loss, lse = fastgpt.cross_entropy(
+            x, t, weight, label_smoothing=0.1, softcap=5.0, z_loss=1e-2, return_lse=True
+        )
+        return loss + 0.1 * lse.mean().to(loss.dtype)
+
+    x = normal(33, 1003, dtype=torch.float16, device=device, seed=seed, scale=3).requires_grad_()
+    t = targets(33, 1003, device, seed)
+    t[::7] = -100
+    weight = normal(1003, dtype=torch.float16, device=device, seed=seed + 10).abs() + 0.5
+    upstream = torch.tensor(1.5, dtype=torch.float16, device=device)
+    return Call(function, (x,), (t, weight), upstream)
+
+
+def loss_of_probabilities(seed: int = 0, device: str = "cuda") -> Call:
+    x = normal(33, 1003, dtype=torch.bfloat16, device=device, seed=seed).requires_grad_()
+    q = torch.softmax(normal(33, 1003, device=device, seed=seed + 10), 1).requires_grad_()
+    return Call(fastgpt.cross_entropy, (x, q), (), torch.tensor(1.5, device=device))
+
+
+def loss_by_columns(seed: int = 0, device: str = "cuda") -> Call:
+    x = normal(3, 700, 37, dtype=torch.bfloat16, device=device, seed=seed).requires_grad_()
+    t = targets(3 * 37, 700, device, seed).view(3, 37)
+    upstream = torch.tensor(1.5, dtype=torch.bfloat16, device=device)
+    return Call(fastgpt.cross_entropy, (x,), (t,), upstream)
+
+
+def loss_of_wide_rows(seed: int = 0, device: str = "cuda") -> Call:
+    """Too wide for one multiprocessor to hold a row."""
+    x = normal(5, 150_001, device=device, seed=seed).requires_grad_()
+    upstream = torch.tensor(1.5, device=device)
+    return Call(fastgpt.cross_entropy, (x,), (targets(5, 150_001, device, seed),), upstream)
+
+
 def attention(seed: int = 0, device: str = "cuda") -> Call:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fastgpt.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -71,4 +109,18 @@ def attention_with_mask(seed: int = 0, device: str = "cuda") -> Call:
     return Call(function, tuple(x.requires_grad_() for x in leaves), (mask,), upstream)
 
 
-CALLS = (plain_loss, loss_with_options, attention, attention_with_mask)
+LOSSES = (plain_loss, loss_with_options)
+# Run on CUDA's own kernels only: Triton's do not take columns, and each takes seconds to compile.
+NATIVE_LOSSES = (loss_with_everything, loss_of_probabilities, loss_by_columns, loss_of_wide_rows)
+ATTENTION = (attention, attention_with_mask)
+
+# For tests with the argument `make` and the fixture `kernels`, on whose backend the call runs.
+calls = pytest.mark.parametrize(
+    ("make", "kernels"),
+    [
+        pytest.param(make, backend, id=f"{make.__name__}-{backend}")
+        for backend in BACKENDS
+        for make in LOSSES + (NATIVE_LOSSES if backend == "native" else ATTENTION)
+    ],
+    indirect=["kernels"],
+)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from device_oracle import BACKENDS, REHEARSED
 
 import fastgpt
+from fastgpt import dispatch
 
 HERE = Path(__file__).parent
-REHEARSED = os.environ.get("FASTGPT_TEST_DEVICE") == "cpu"
 RUN = torch.cuda.is_available() or REHEARSED
 
 # Deterministic mode, in which memory is poisoned, wants it for the references' matrix products.
@@ -56,6 +57,29 @@ def gpu() -> str:
     if REHEARSED:
         pytest.skip("needs a GPU, and this is a rehearsal on the CPU")
     return "cuda"
+
+
+def _preferring(backend: str) -> Iterator[str]:
+    """That it is off is no reason to skip: these tests are run to see that it works."""
+    cell = dispatch.lookup("cross_entropy", backend, "cpu" if REHEARSED else "cuda")
+    if cell.reason:
+        pytest.fail(f"cross_entropy is off on {backend}: {cell.reason}")
+    with fastgpt.backend(backend):
+        yield backend
+
+
+@pytest.fixture(params=BACKENDS)
+def kernels(request) -> Iterator[str]:
+    """The backend whose cross-entropy kernels run: each that has some for this device."""
+    yield from _preferring(request.param)
+
+
+@pytest.fixture
+def native(gpu) -> Iterator[str]:
+    """CUDA's own kernels, of a test of what Triton's do not do."""
+    if "native" not in BACKENDS:
+        pytest.skip("there are no native kernels for AMD's GPUs")
+    yield from _preferring("native")
 
 
 @pytest.fixture

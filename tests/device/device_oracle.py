@@ -1,23 +1,31 @@
 """What the device tests compare with: both ops and their gradients in float64, on the device."""
 
 import math
+import os
 
 import torch
 
 import fastgpt
+from fastgpt import dispatch
+
+REHEARSED = os.environ.get("FASTGPT_TEST_DEVICE") == "cpu"  # in Triton's interpreter
+
+# Whose cross-entropy kernels are tested: also CUDA's own, where there is CUDA.
+BACKENDS = ("triton",) if REHEARSED or torch.version.hip else ("triton", "native")
 
 
 def cross_entropy(*args, **kwargs):
-    return _on_triton(fastgpt.cross_entropy, *args, **kwargs)
+    return _held(fastgpt.cross_entropy, *args, **kwargs)
 
 
 def attention(*args, **kwargs):
-    return _on_triton(fastgpt.scaled_dot_product_attention, *args, **kwargs)
+    return _held(fastgpt.scaled_dot_product_attention, *args, **kwargs)
 
 
-def _on_triton(function, *args, **kwargs):
+def _held(function, *args, **kwargs):
+    """On the backend that the test prefers, Triton where it prefers none, and on no other."""
     explanation = fastgpt.explain(function, *args, **kwargs)
-    assert explanation.backend == "triton", str(explanation)
+    assert explanation.backend == (dispatch.preferred() or "triton"), str(explanation)
     return function(*args, **kwargs)
 
 
@@ -109,6 +117,21 @@ def check_cross_entropy(got, logits, target, upstream, *, range_of=8.0, **option
     if logits.shape[1] > 1:
         others = (x.double().scatter(1, rows, 0) for x in (gradient, truths))
         assert_close(*others, tolerance, "gradient of the others")
+
+
+def check_against_eager(function, leaves, upstream):
+    """The value of function(*leaves) and its gradients: against the eager backend in float64. Each
+    is rounded once to the first leaf's type, or to a wider one.
+    """
+    before = [x.detach().double().requires_grad_() for x in leaves]  # it may write over them
+    got = both(function, leaves, upstream)
+    with fastgpt.backend("eager"):
+        want = both(function, before, upstream.double())
+    dtype = leaves[0].dtype
+    tolerance = half_ulp(dtype) + 64 * half_ulp(wider(dtype))
+    for name, ours, truth in zip(("value", "gradient", "target's"), got, want, strict=False):
+        assert_close(ours, truth, tolerance, name)
+    return got
 
 
 # ---- attention ----

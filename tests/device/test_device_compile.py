@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calls import CALLS, Call
+from calls import Call, calls
 from device_oracle import half_ulp
 
 import fastgpt
@@ -19,8 +19,8 @@ def poisoned_memory():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("make", CALLS, ids=lambda make: make.__name__)
-def test_a_compiled_call_gives_another_result(gpu, make):
+@calls
+def test_a_compiled_call_gives_another_result(gpu, kernels, make):
     """The kernel's part is the same; the sums around it may be taken in another order."""
     call = make()
     want = call.run()
@@ -33,8 +33,10 @@ def test_a_compiled_call_gives_another_result(gpu, make):
 
 
 @pytest.mark.slow
-def test_a_compiled_training_step_goes_wrong(gpu):
-    """Both ops between layers whose code is generated, for a few steps of a small model."""
+def test_a_compiled_training_step_goes_wrong(gpu, kernels):
+    """Both ops between layers whose code is generated, for a few steps of a small model. Where the
+    native kernels are preferred, which have no attention, that is eager's.
+    """
 
     class Model(torch.nn.Module):
         def __init__(self):

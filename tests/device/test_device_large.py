@@ -29,7 +29,9 @@ def large(*values):
 @pytest.mark.parametrize(
     ("N", "classes", "gigabytes"), [(300, 1031, 0.1), large(43_000, 50_304, 11)]
 )
-def test_rows_beyond_two_gigaelements_are_wrong(device, free_memory, N, classes, gigabytes):
+def test_rows_beyond_two_gigaelements_are_wrong(
+    device, kernels, free_memory, N, classes, gigabytes
+):
     """Checked are the first and last rows, and those around 2^31."""
     free_memory(gigabytes)
     generator = torch.Generator(device).manual_seed(0)
@@ -47,7 +49,7 @@ steps = pytest.mark.parametrize(("step", "gigabytes"), [(1 << 14, 0.1), large(1 
 
 
 @steps
-def test_rows_two_gigaelements_apart_are_wrong(device, free_memory, step, gigabytes):
+def test_rows_two_gigaelements_apart_are_wrong(device, kernels, free_memory, step, gigabytes):
     free_memory(gigabytes)
     buffer = torch.empty(130 * step, dtype=BF16, device=device)
     x = torch.as_strided(buffer, (130, 5003), (step, 1))
@@ -56,6 +58,21 @@ def test_rows_two_gigaelements_apart_are_wrong(device, free_memory, step, gigaby
     t, g = targets(130, 5003, device), normal(130, dtype=BF16, device=device, seed=1)
     got = both(lambda x: cross_entropy(x, t, reduction="none"), (x,), g)
     check_cross_entropy(got, x, t, g)
+
+
+@steps
+def test_columns_two_gigaelements_apart_are_wrong(native, free_memory, step, gigabytes):
+    """Logits (1, C, L) whose classes are a step apart."""
+    free_memory(gigabytes)
+    buffer = torch.empty(130 * step, dtype=BF16, device="cuda")
+    x = torch.as_strided(buffer, (1, 130, 300), (130 * step, step, 1))
+    x.copy_(normal(1, 130, 300, device="cuda"))
+    x = x.detach().requires_grad_()
+    t, g = targets(300, 130), normal(300, dtype=BF16, seed=1)
+    loss, gradient = both(
+        lambda x: cross_entropy(x, t.view(1, 300), reduction="none"), (x,), g.view(1, 300)
+    )
+    check_cross_entropy((loss[0], gradient[0].t()), x.detach()[0].t(), t, g)
 
 
 @pytest.mark.parametrize("far", ["batch", "head", "sequence"])

@@ -24,7 +24,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("classes", [10, 5000])
 @pytest.mark.parametrize("target", ["classes", "-1"])
-def test_a_target_out_of_range_is_not_noticed(gpu, classes, target):
+def test_a_target_out_of_range_is_not_noticed(gpu, kernels, classes, target):
     """As with torch: a device assertion, which the next synchronisation raises."""
     ended = python(
         f"""
@@ -32,6 +32,7 @@ import torch, fastgpt
 classes = {classes}
 x = torch.randn(4, classes, device="cuda")
 t = torch.zeros(4, dtype=torch.int64, device="cuda")
+print("on", fastgpt.explain(fastgpt.cross_entropy, x, t).backend)
 fastgpt.cross_entropy(x, t)
 torch.cuda.synchronize()
 print("warm")
@@ -41,15 +42,17 @@ try:
     torch.cuda.synchronize()
 except RuntimeError as error:
     print("raised", error)
-"""
+""",
+        FASTGPT_BACKEND=kernels,
     )
+    assert f"on {kernels}" in ended.stdout, ended.stderr
     assert "warm" in ended.stdout, ended.stderr
     assert "raised" in ended.stdout, ended.stdout + ended.stderr
     assert "device-side assert" in ended.stdout
     assert "out of bounds" in ended.stdout + ended.stderr
 
 
-def test_a_target_of_ignore_index_out_of_range_is_an_error(gpu):
+def test_a_target_of_ignore_index_out_of_range_is_an_error(gpu, kernels):
     ended = python(
         """
 import torch, fastgpt
@@ -57,7 +60,8 @@ x = torch.randn(4, 5000, device="cuda")
 t = torch.tensor([1, -100, 7, 999999], device="cuda")
 print(fastgpt.cross_entropy(x, t.where(t != 999999, -100)).item() > 0)
 print(fastgpt.cross_entropy(x, t.where(t != -100, 999999), ignore_index=999999).item() > 0)
-"""
+""",
+        FASTGPT_BACKEND=kernels,
     )
     assert ended.stdout.split() == ["True", "True"], ended.stderr
 
