@@ -62,6 +62,11 @@ class Backend:
             return "twin"
         return "cuda" if self.name == "native" and self.device == "cuda" else self.name
 
+    @property
+    def is_cuda(self) -> bool:
+        """Whether its kernels are those of csrc/cuda."""
+        return self.label in ("twin", "cuda")
+
     def reason(self) -> str:
         """Why it can't run here; empty where it can."""
         return dispatch.lookup("cross_entropy", self.name, self.device).reason

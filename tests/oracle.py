@@ -259,12 +259,12 @@ def relative_error(got: torch.Tensor, want: np.ndarray) -> float:
     return float(difference / size)
 
 
-def within_half_ulp(got: torch.Tensor, want: np.ndarray, slack: float, flushed=False) -> bool:
+def within_half_ulp(got: torch.Tensor, want: np.ndarray, slack: float, flushed=0.0) -> bool:
     """Whether every element is `want` rounded once to its type; `slack` is the relative error of
-    the arithmetic before. `flushed`: subnormal numbers may be zero instead.
+    the arithmetic before. Numbers up to `flushed` may be zero instead.
     """
     info = torch.finfo(got.dtype)
-    tiny = info.smallest_normal if flushed else 0.5 * info.smallest_normal * info.eps
+    tiny = max(flushed, 0.5 * info.smallest_normal * info.eps)
     bound = (half_ulp(got.dtype) + slack) * abs(want) + tiny
     return bool((abs(got.double().numpy() - want) <= bound).all())
 

@@ -176,7 +176,10 @@ def test_a_nan_in_an_ignored_position_reaches_its_neighbours(native_backend, dty
 
 
 @pytest.mark.parametrize("value", [37, -1, 10**12])
+@pytest.mark.cuda_on_host(native_backend=())
 def test_an_out_of_range_target_among_columns_is_accepted(native_backend, value):
+    if native_backend.device != "cpu":
+        pytest.skip("on a GPU it is an assertion of the device's, which ends the process")
     logits = normal(2, 37, 11)
     target = targets_of(logits)
     target[1, 7] = value

@@ -71,6 +71,13 @@ FASTGPT_DEVICE A finite_or_zero(A m) {
   return std::fabs(m) < A(INFINITY) ? m : A(0);
 }
 
+// What rounding `sum` took from x + y (Knuth); of a sum that is finite.
+template <class A>
+FASTGPT_DEVICE A lost(A x, A y, A sum) {
+  const A from_y = sum - x;
+  return (x - (sum - from_y)) + (y - from_y);
+}
+
 // y = k tanh(x / k) and its slope, from e = exp(-2 |x| / k), neither by cancellation.
 template <class T>
 struct Cap {
@@ -387,7 +394,11 @@ struct Sums {
 
   FASTGPT_DEVICE void raise(A to) {
     if (to == m) return;
-    sum *= exp_of<T>(m - to);
+    const A d = m - to;
+    A e = exp_of<T>(d);
+    // The sum's exponentials are off by the rounding of their own differences as it is.
+    if (sizeof(T) > 2 && d > A(-INFINITY)) e += e * lost(m, -to, d);
+    sum *= e;
     if (shared) dot += mass * (finite_or_zero(m) - finite_or_zero(to));
     m = to;
   }
@@ -537,7 +548,7 @@ FASTGPT_DEVICE Slopes<acc_t<T>> slopes_of(const BackwardArguments& a, int64_t n,
   if (a.denominator) g /= load(static_cast<const A*>(a.denominator));
   const A m = load(static_cast<const A*>(a.row_max) + at);
   const A rest = load(static_cast<const A*>(a.rest) + at);
-  A total = rest, at_target = 0, amount = g;
+  A total = rest, total_lost = 0, at_target = 0, amount = g;
   if (!a.probabilities) {
     const A spread = A(a.spread);
     mass = spread == 0
@@ -547,6 +558,7 @@ FASTGPT_DEVICE Slopes<acc_t<T>> slopes_of(const BackwardArguments& a, int64_t n,
     if (target.here) {
       const A e = std::exp(target.y - m);
       total = rest + e;
+      total_lost = lost(rest, e, total);
       const A p = total == 0 && a.partial ? A(0) : e / total;
       // 1 - p by whichever way does not cancel.
       const A others = e < rest || total == 0 ? 1 - p : rest / total;
@@ -558,7 +570,12 @@ FASTGPT_DEVICE Slopes<acc_t<T>> slopes_of(const BackwardArguments& a, int64_t n,
     }
   }
   // Where a slice is all -inf, none of the probability is in it.
-  const A scale = total == 0 && a.partial ? A(0) : (g * mass + g_lse) / total;
+  const A sum = g * mass + g_lse;
+  A scale = total == 0 && a.partial ? A(0) : sum / total;
+  // By what the scale is off, every gradient of the row would be.
+  if (sizeof(T) > 2 && total > 0 && std::fabs(scale) < A(INFINITY)) {
+    scale += (std::fma(-scale, total, sum) - scale * total_lost) / total;
+  }
   return {m, scale, amount, at_target};
 }
 
