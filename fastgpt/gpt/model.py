@@ -152,10 +152,15 @@ class GPT(nn.Module):
             raise UsageError(f"the cache is for {cache.config}, the model is {self.config}")
         return self.transformer(idx, cache)
 
-    def new_cache(self, batch_size: int) -> KeyValueCache:
-        """Room for the keys and values of `batch_size` sequences, for `features`."""
+    def new_cache(self, batch_size: int, length: int | None = None) -> KeyValueCache:
+        """Room for the keys and values of `batch_size` sequences, for `features`.
+
+        `length` is the most tokens that a sequence can have, block_size unless it is less.
+        """
         weight = self.lm_head.weight
-        return KeyValueCache(self.config, batch_size, dtype=weight.dtype, device=weight.device)
+        return KeyValueCache(
+            self.config, batch_size, length, dtype=weight.dtype, device=weight.device
+        )
 
     def use_attention(self, attention: AttentionFunction) -> None:
         """Have every block call `attention`, not `fastgpt.scaled_dot_product_attention`."""
