@@ -1,4 +1,7 @@
-"""Write text with a trained GPT: `python -m fastgpt.gpt.sample --run runs/x --prompt "def "`."""
+"""Write text with a trained GPT: `python -m fastgpt.gpt.sample --run runs/x --prompt "def "`.
+
+`--pretrained DIR` in place of `--run` takes the folder of a GPT-2 in Hugging Face's format.
+"""
 
 import argparse
 import sys
@@ -13,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from .cache import KeyValueCache
 from .checkpoint import load_checkpoint, restore_model
 from .config import GPTConfig
-from .errors import UsageError, run_command
+from .errors import CheckpointError, UsageError, run_command
 from .model import GPT
+from .pretrained import read_stop_tokens, read_tokenizer
 from .tokenizer import StreamDecoder, Tokenizer
 from .train import load_tokenizer, pick_device
 
@@ -303,28 +307,60 @@ def load_run(
     return model.to(device).eval(), tokenizer
 
 
+def load_pretrained_text(
+    directory: Path, device: torch.device | str = "cpu"
+) -> tuple[GPT, Tokenizer, list[int]]:
+    """The GPT-2 of a folder, in eval mode, its tokeniser, and the tokens that end a text.
+
+    Raises CheckpointError if something is missing or damaged, or does not fit the rest.
+    """
+    tokenizer = read_tokenizer(directory)
+    model = GPT.from_pretrained(directory, dropout=0.0, device=device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}, expected at least as many"
+        )
+    return model, tokenizer, read_stop_tokens(directory)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fastgpt.gpt.sample", description="Write text with a trained GPT."
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of a training run")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="folder of a training run")
+    source.add_argument(
+        "--pretrained",
+        type=Path,
+        help="folder of a GPT-2 in Hugging Face's format, with tokenizer.json",
+    )
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="how many to write (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="default: 0.8; 0 is greedy")
     parser.add_argument("--top-k", type=int, help="draw from the k most likely tokens")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest that reach p together")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text")
-    parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest")
+    parser.add_argument(
+        "--checkpoint", choices=("latest", "best"), help="which of the run (default: latest)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, tokenizer = load_run(options.run, options.checkpoint, pick_device(options.device))
+    device = pick_device(options.device)
+    stop: Collection[int] = ()
+    if options.pretrained:
+        if options.checkpoint:
+            parser.error("--checkpoint is of a run: expected it with --run")
+        model, tokenizer, stop = load_pretrained_text(options.pretrained, device)
+    else:
+        model, tokenizer = load_run(options.run, options.checkpoint or "latest", device)
     text = stream_text(
         model, tokenizer, options.prompt, options.tokens, temperature=options.temperature,
-        top_k=options.top_k, top_p=options.top_p, seed=options.seed,
+        top_k=options.top_k, top_p=options.top_p, seed=options.seed, stop=stop,
     )  # fmt: skip
     print_stream(options.prompt, text)
     return 0
