@@ -444,7 +444,7 @@ def test_without_safetensors_the_error_names_the_extra(folder, monkeypatch, use)
 TEXT = "naïve café, 東京 🦊: def f(x):\n    return  x\t# "
 
 
-def hugging_face_tokenizer(**changes: Any):
+def hugging_face_tokenizer():
     """One like GPT-2's, with a special token."""
     import tokenizers
 
@@ -479,16 +479,27 @@ def test_transformers_reads_the_tokenizer_that_we_save(transformers, tmp_path):
     assert read_tokenizer(tmp_path / "gpt2").encode([TEXT])[0].tolist() == ids
 
 
+def test_an_older_tokenizer_json_that_does_not_name_its_model_is_read(tmp_path):
+    library = hugging_face_tokenizer()
+    content = json.loads(library.to_str())
+    del content["model"]["type"]
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert read_tokenizer(tmp_path).encode([TEXT])[0].tolist() == library.encode(TEXT).ids
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"type": "WordPiece", "vocab": {}}}, "the model is 'WordPiece' and the decoder"),
-        ({"decoder": None}, "the decoder None, expected GPT-2's, 'BPE' and 'ByteLevel'"),
-        ({"kind": "byte", "model": None}, "the model is None"),
+        ({"model": {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}},
+         "the model is WordLevel and the decoder ByteLevel, expected GPT-2's, BPE and ByteLevel"),
+        ({"decoder": None}, "the model is BPE and the decoder NoneType, expected GPT-2's"),
+        ({"decoder": {"type": "BPEDecoder", "suffix": "</w>"}}, "and the decoder BPEDecoder"),
+        ({"kind": "byte", "model": None}, "tokenizer.json: not a tokenizer that can be read"),
         ({"model": {"type": "BPE", "vocab": 3}}, "tokenizer.json: not a tokenizer that can be"),
         ({"model": {"type": "BPE", "vocab": {"a b": 0}, "merges": []}}, "not a tokenizer that can"),
     ],
-)
+)  # fmt: skip
 def test_a_tokenizer_that_is_not_gpt2s_is_refused(tmp_path, changes, message):
     content = json.loads(hugging_face_tokenizer().to_str()) | changes
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))

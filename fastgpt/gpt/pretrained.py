@@ -171,21 +171,20 @@ def read_tokenizer(directory: Path) -> BPETokenizer:
     byte-level byte-pair encoding.
     """
     path = directory / TOKENIZER
-    saved = _read_json(path)
-    model, decoder = (
-        part.get("type") if isinstance(part := saved.get(key), dict) else None
-        for key in ("model", "decoder")
-    )
-    if (model, decoder) != ("BPE", "ByteLevel"):
-        raise CheckpointError(
-            f"{path}: the model is {model!r} and the decoder {decoder!r}, "
-            "expected GPT-2's, 'BPE' and 'ByteLevel'"
-        )
-    require("tokenizers")
+    saved = json.dumps(_read_json(path))
+    library = require("tokenizers")
     try:
-        return BPETokenizer(json.dumps(saved))
-    except Exception as error:  # the library raises no class of its own
+        found = library.Tokenizer.from_str(saved)
+        kinds = type(found.model).__name__, type(found.decoder).__name__
+        tokenizer = BPETokenizer(saved) if kinds == ("BPE", "ByteLevel") else None
+    except Exception as error:  # the library has no class of its own for what it raises
         raise CheckpointError(f"{path}: not a tokenizer that can be read ({error})") from error
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{path}: the model is {kinds[0]} and the decoder {kinds[1]}, "
+            "expected GPT-2's, BPE and ByteLevel"
+        )
+    return tokenizer
 
 
 def read_stop_tokens(directory: Path) -> list[int]:

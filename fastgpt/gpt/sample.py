@@ -114,15 +114,18 @@ def stream_tokens(
     try:
         texts = _Texts(model, sequences, max_new_tokens if use_cache else None)
         going = list(range(len(sequences)))  # those that have not ended
-        latest = torch.zeros(len(sequences), dtype=torch.int64, device=sequences[0].device)
+        latest = torch.empty(0)  # one token of each, also of those that have ended
         for _ in range(max_new_tokens):
             logits = model.lm_head(texts.last_features())  # (B that go on, V)
             own = generator
             if isinstance(generator, Sequence):
                 own = [generator[b] for b in going]
             token = _draw(*_candidates(logits, temperature, top_k, top_p), own)  # (B, 1)
-            latest = latest.clone()  # the reader may have kept the one before
-            latest[going] = token[:, 0]
+            if len(going) == len(sequences):
+                latest = token[:, 0]
+            else:
+                latest = latest.clone()  # the reader may have kept the one before
+                latest[going] = token[:, 0]
             yield latest
             if stop:
                 rows = [i for i, drawn in enumerate(token[:, 0].tolist()) if drawn not in stop]
