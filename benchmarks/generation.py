@@ -37,8 +37,46 @@ VARIANTS = (
 )
 
 
+@dataclass(frozen=True)
+class Workload:
+    """Prompts of random tokens, and how many to write of each."""
+
+    preset: str = "demo"
+    batch_size: int = 1
+    prompt: int = 16  # tokens of the longest
+    ragged: bool = False  # from a few tokens to `prompt`, not all of that length
+    tokens: int | None = None  # None: what fits the context
+    quick: bool = True  # measured unless others are asked for
+
+    @property
+    def name(self) -> str:
+        lengths = "ragged" if self.ragged else "equal"
+        return f"generation-{self.preset}-{self.batch_size}-{lengths}"
+
+    @property
+    def new_tokens(self) -> int:
+        """Of each sequence."""
+        return self.tokens or PRESETS[self.preset].block_size - self.prompt + 1
+
+    def prompts(self, device: torch.device | str = "cpu") -> list[Tensor]:
+        B, vocab_size = self.batch_size, PRESETS[self.preset].vocab_size
+        lengths = [
+            1 + (self.prompt - 1) * (b + 1) // B if self.ragged else self.prompt for b in range(B)
+        ]
+        return [torch.randint(vocab_size, (length,), device=device) for length in lengths]
+
+
+# `pytest benchmarks` measures these. Without a cache a GPT-2's text is a minute's work.
+WORKLOADS = [
+    Workload("demo"),
+    Workload("demo", batch_size=8, ragged=True),
+    Workload("gpt2", prompt=128, tokens=16, quick=False),
+    Workload("gpt2", batch_size=8, prompt=128, ragged=True, tokens=16, quick=False),
+]
+
+
 def measure(
-    model: GPT, prompts: list[Tensor], tokens: int, seconds: float
+    model: GPT, prompts: list[Tensor], tokens: int, seconds: float, least: int = 5
 ) -> tuple[dict[Variant, list[float]], dict[Variant, float]]:
     """Seconds of each round by variant, and the share of the tokens that are those of OURS."""
     texts: dict[Variant, Tensor] = {}
@@ -52,7 +90,7 @@ def measure(
         return write
 
     calls = {variant.name: writing(variant) for variant in VARIANTS}
-    by_name = interleaved(calls, seconds)
+    by_name = interleaved(calls, seconds, least)
     same = {v: (texts[v] == texts[OURS]).float().mean().item() for v in VARIANTS}
     return {variant: by_name[variant.name] for variant in VARIANTS}, same
 
@@ -88,19 +126,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, help="to write (what fits the context)")
     parser.add_argument("--seconds", type=float, default=30.0, help="for all rounds together (30)")
     options = parser.parse_args(arguments)
-    config = PRESETS[options.preset]
-    tokens = options.tokens or config.block_size - options.prompt + 1
+    workload = Workload(
+        options.preset, options.batch_size, options.prompt, options.ragged, options.tokens
+    )
+    tokens = workload.new_tokens
     if options.prompt < 1 or tokens < 1:
-        parser.error(f"--prompt must be in 1 ... {config.block_size}, the context, and tokens >= 1")
+        block_size = PRESETS[options.preset].block_size
+        parser.error(f"--prompt must be in 1 ... {block_size}, the context, and tokens >= 1")
     torch.manual_seed(0)
-    model = GPT(config).to(options.device, getattr(torch, options.dtype)).eval()
-    lengths = [
-        1 + (options.prompt - 1) * (b + 1) // options.batch_size
-        if options.ragged
-        else options.prompt
-        for b in range(options.batch_size)
-    ]
-    prompts = [torch.randint(config.vocab_size, (n,), device=options.device) for n in lengths]
+    model = GPT(PRESETS[options.preset]).to(options.device, getattr(torch, options.dtype)).eval()
+    prompts = workload.prompts(options.device)
+    lengths = [len(prompt) for prompt in prompts]
     where = machine()
     step = model.new_cache(options.batch_size).keys[0, :, :, :tokens]
     runs_on = explain(scaled_dot_product_attention, step[:, :, :1], step, step).backend

@@ -1,6 +1,7 @@
 """Files that are either whole or not there, and the folder for those that can be made again."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder next to `path` to fill; it takes the name `path` if the block succeeds.
+
+    `path` may be an empty folder. A file, or a folder that holds something, raises FileExistsError,
+    so that none is ever half old and half new. Creates the folder around it.
+    """
+    path = path.resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already: expected a new or an empty folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for each in temporary.iterdir():
+            with each.open("rb+") as file:
+                os.fsync(file.fileno())
+            each.chmod(0o666 & ~_umask())
+        temporary.chmod(0o777 & ~_umask())
+        os.rename(temporary, path)  # onto a folder only if that is still empty
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -233,6 +233,154 @@ def test_tokens_of_all_prompts_come_step_by_step(model):
         assert torch.equal(torch.stack(steps)[:, b], texts[b][-3:])
 
 
+def generators(seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+SAMPLED = [
+    {"temperature": 0},
+    {"temperature": 1.3},
+    {"temperature": 0.9, "top_k": 20},
+    {"top_p": 0.8},
+    {"top_k": 30, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("settings", SAMPLED, ids=str)
+def test_with_its_own_generator_a_text_does_not_depend_on_those_beside_it(model, dtype, settings):
+    model.to(dtype)
+    lengths, stop = [4, 1, 9, 4, 15], [3, 17, 40]
+    prompts = [torch.randint(61, (length,)) for length in lengths]
+    together = generate(model, prompts, 12, generator=generators(range(5)), stop=stop, **settings)
+    for seed, (prompt, text) in enumerate(zip(prompts, together, strict=True)):
+        for generator, use_cache in [(generators([seed]), True), (generators([seed])[0], False)]:
+            alone = generate(
+                model, [prompt], 12, generator=generator, stop=stop, use_cache=use_cache, **settings
+            )
+            assert torch.equal(text, alone[0])
+    turned = generate(
+        model, prompts[::-1], 12, generator=generators(range(4, -1, -1)), stop=stop, **settings
+    )
+    assert all(torch.equal(a, b) for a, b in zip(together, turned[::-1], strict=True))
+
+
+def test_logits_of_a_ragged_batch_are_those_of_each_alone_to_float64s_last_bits(model):
+    """Also while sequences leave the batch."""
+    model.double()
+    lengths = [5, 1, 8, 3]
+    prompts = [torch.randint(61, (12,)) for _ in lengths]
+    expected = [model(prompt[None])[0][0] for prompt in prompts]
+    padded = torch.zeros(4, 8, dtype=torch.int64)
+    for row, prompt, length in zip(padded, prompts, lengths, strict=True):
+        row[:length] = prompt[:length]
+    cache = model.new_cache(4)
+    read(model, padded, cache)
+    cache.truncate(lengths)
+    rows = [0, 1, 2, 3]
+    for left in ([0, 1, 2, 3], [0, 1, 3], [1, 3]):
+        cache.keep([rows.index(b) for b in left])
+        rows = left
+        step = torch.stack([prompts[b][cache.lengths[i], None] for i, b in enumerate(rows)])
+        places = list(cache.lengths)
+        logits = read(model, step, cache)[:, 0]
+        for i, b in enumerate(rows):
+            torch.testing.assert_close(logits[i], expected[b][places[i]], rtol=1e-11, atol=1e-11)
+    assert cache.lengths == [4, 6]
+
+
+def test_one_generator_makes_the_whole_batch_again(model):
+    prompts = [torch.randint(61, (length,)) for length in (4, 1, 9)]
+    texts = [
+        torch.cat(generate(model, prompts, 10, generator=torch.Generator().manual_seed(seed)))
+        for seed in (5, 5, 6)
+    ]
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+
+def test_a_text_ends_with_the_first_stop_token_and_leaves_the_others_alone(model):
+    prompts = [torch.randint(61, (length,)) for length in (4, 1, 9)]
+    endless = generate(model, prompts, 14, generator=generators(range(3)))
+    new = [text[-14:].tolist() for text in endless]
+    stop = {new[0][5], new[2][2]}  # which the others may draw, too
+    ended = generate(model, prompts, 14, generator=generators(range(3)), stop=stop)
+    for prompt, full, text in zip(prompts, new, ended, strict=True):
+        end = next((i + 1 for i, token in enumerate(full) if token in stop), 14)
+        assert text.tolist() == prompt.tolist() + full[:end]
+    assert len({len(text) for text in ended}) > 1
+    steps = torch.stack(
+        list(stream_tokens(model, prompts, 14, generator=generators(range(3)), stop=stop)), dim=1
+    )
+    for row, prompt, text in zip(steps.tolist(), prompts, ended, strict=True):
+        own = text[len(prompt) :].tolist()
+        assert row == own + own[-1:] * (len(row) - len(own)), "it repeats what ended it"
+    assert steps.shape[1] == max(len(t) - len(p) for t, p in zip(ended, prompts, strict=True))
+
+
+def test_a_batch_in_one_tensor_is_as_wide_as_its_longest_text(model):
+    idx = torch.randint(61, (3, 4))
+    new = generate(model, idx, 9, temperature=0)[:, 4:]
+    stop = [new[b, 2 + b].item() for b in range(3)]
+    texts = generate(model, idx, 9, temperature=0, stop=stop)
+    ends = [next(i for i, t in enumerate(row) if t in stop) for row in new.tolist()]
+    assert texts.shape == (3, 4 + 1 + max(ends))
+    for row, full, end in zip(texts[:, 4:].tolist(), new.tolist(), ends, strict=True):
+        assert row == full[: end + 1] + [full[end]] * (max(ends) - end)
+    assert generate(model, idx, 9, temperature=0, stop=range(61)).shape == (3, 5), "at once"
+
+
+def test_what_has_ended_is_not_computed_and_does_not_end_the_use_of_the_cache(model):
+    prompts = [torch.randint(61, (9,)), torch.randint(61, (2,))]
+    texts = generate(model, prompts, 10, generator=generators([0, 1]))
+    first, second = (text.tolist() for text in texts)
+    stop = next(token for token in first[9:12] if token not in second[2:])
+    calls = record_calls(model)
+    generate(model, prompts, 10, generator=generators([0, 1]), stop=[stop])
+    assert {q.shape[0] for (q, _, _), _ in calls} == {1, 2}
+    alone = [(q.shape[2], k.shape[2]) for (q, k, _), _ in calls[::2] if q.shape[0] == 1]
+    assert [q for q, _ in alone] == [1] * len(alone), "each token read once, to the end"
+    assert alone[-1] == (1, 11)
+
+
+def test_the_memory_is_taken_once_and_no_more_than_the_text_can_need(model, monkeypatch):
+    caches, new_cache = [], model.new_cache
+
+    def record(*args):
+        caches.append(new_cache(*args))
+        caches.append(caches[-1].keys.data_ptr())
+        return caches[-2]
+
+    monkeypatch.setattr(model, "new_cache", record)
+    prompts = [torch.randint(61, (3,)), torch.randint(61, (5,))]
+    generate(model, prompts, 4)
+    cache, place = caches
+    assert cache.keys.shape == cache.values.shape == (2, 2, 2, 8, 8), "5 + 4 - 1: the last is drawn"
+    assert cache.lengths == [6, 8]
+    assert cache.keys.data_ptr() == place
+    caches.clear()
+    generate(model, prompts, 400)
+    assert caches[0].keys.shape[3] == 12, "block_size"
+    caches.clear()
+    generate(model, prompts, 0)
+    generate(model, prompts, 3, use_cache=False)
+    assert caches == []
+
+
+def test_keeping_sequences_moves_them_in_place(model):
+    idx = torch.randint(61, (4, 12))
+    expected = model(idx)[0]
+    cache = model.new_cache(4)
+    read(model, idx[:, :7], cache)
+    cache.truncate([7, 2, 5, 6])
+    places = cache.keys.data_ptr(), cache.values.data_ptr()
+    cache.keep([1, 3])
+    assert cache.lengths == [2, 6]
+    assert places == (cache.keys.data_ptr(), cache.values.data_ptr())
+    step = torch.stack([idx[1, 2:4], idx[3, 6:8]])
+    assert_same(read(model, step, cache), torch.stack([expected[1, 2:4], expected[3, 6:8]]))
+
+
 def test_dropout_is_off_while_generating():
     model, dropping = small_gpt(), small_gpt(dropout=0.5)
     dropping.train()
@@ -327,6 +475,15 @@ def test_a_cache_asks_for_no_gradient():
         (lambda m, c: c.truncate([10, -1]), r"lengths \[10, 10\] can't be cut to \[10, -1\]"),
         (lambda m, c: c.truncate([10]), r"lengths \[10, 10\] can't be cut to \[10\]"),
         (lambda m, c: m.new_cache(0), "batch_size must be at least 1, got 0"),
+        (lambda m, c: m.new_cache(1, 13), r"length must be in 1 ... 12, .*block_size, got 13"),
+        (lambda m, c: m.new_cache(1, 0), r"length must be in 1 ... 12, .*block_size, got 0"),
+        (lambda m, c: m.features(torch.zeros(1, 5, dtype=torch.int64), m.new_cache(1, 4)),
+         "5 tokens do not fit the context after 0 in the cache: its length is 4"),
+        (lambda m, c: c.keep([]), r"of 2 sequences the cache can't keep \[\]"),
+        (lambda m, c: c.keep([0, 2]), r"of 2 sequences the cache can't keep \[0, 2\]"),
+        (lambda m, c: c.keep([1, 0]), r"of 2 sequences the cache can't keep \[1, 0\]"),
+        (lambda m, c: c.keep([1, 1]), r"of 2 sequences the cache can't keep \[1, 1\]"),
+        (lambda m, c: c.keep([-1]), r"of 2 sequences the cache can't keep \[-1\]"),
     ],
 )  # fmt: skip
 def test_what_a_cache_can_not_do_is_refused_with_the_values(use, message):

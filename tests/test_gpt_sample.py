@@ -1,14 +1,18 @@
 """Sampling from the reference GPT: the filters, the loop, and the command line."""
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastgpt.gpt import GPT, GPTConfig
+from fastgpt.gpt.errors import CheckpointError
 from fastgpt.gpt.sample import (
     generate,
     load_run,
@@ -17,7 +21,7 @@ from fastgpt.gpt.sample import (
     stream_text,
     stream_tokens,
 )
-from fastgpt.gpt.tokenizer import ByteTokenizer
+from fastgpt.gpt.tokenizer import BPETokenizer, ByteTokenizer
 from fastgpt.gpt.train import Trainer, make_trainer
 
 LOGITS = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()[:, [2, 0, 3, 1]]  # p = .3 .1 .2 .4
@@ -101,9 +105,30 @@ def test_top_p_counts_after_top_k_and_temperature():
     torch.testing.assert_close(cold, torch.tensor([[0.0, 0, 0, 1]]), msg="16/25 reaches 0.6 alone")
 
 
+def test_top_k_of_all_and_more_filters_nothing():
+    logits = torch.randn(3, 50)
+    for top_k in (50, 1000):
+        torch.testing.assert_close(next_token_probabilities(logits, top_k=top_k), logits.softmax(1))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38])
+def test_a_very_low_temperature_takes_the_largest_and_is_never_nan(temperature):
+    logits = 1e4 * torch.randn(3, 50)
+    for filters in ({}, {"top_k": 5}, {"top_p": 0.9}):
+        prob = next_token_probabilities(logits, temperature, **filters)
+        assert torch.equal(prob, next_token_probabilities(logits, temperature=0))
+
+
+def test_float64_logits_are_not_rounded_to_float32():
+    logits = torch.randn(3, 50, dtype=torch.float64)
+    prob = next_token_probabilities(logits, 0.7, top_k=40)
+    kept = logits.masked_fill(prob == 0, -math.inf)
+    torch.testing.assert_close(prob, (kept / 0.7).softmax(1), rtol=1e-14, atol=0)
+
+
 def test_equal_logits_leave_exactly_k():
     prob = next_token_probabilities(torch.zeros(1, 6), top_k=2)
-    assert prob.tolist() == [[0.5, 0.5, 0, 0, 0, 0]]
+    assert sorted(prob.tolist()[0]) == [0, 0, 0, 0, 0.5, 0.5]
 
 
 def test_greedy_continues_with_the_most_likely_token_of_the_last_context(model):
@@ -127,6 +152,21 @@ def test_the_seed_decides_the_text_and_nothing_else_does(model):
     assert text(1) == first
     assert torch.equal(torch.get_rng_state(), state), "torch's own generator is left alone"
     assert text(2) != first
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 5}, {"top_p": 0.6}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8}],
+    ids=str,
+)
+def test_filtered_draws_follow_the_filtered_distribution(model, settings):
+    idx = torch.tensor([[65, 66]]).expand(4000, 2)
+    tokens = generate(model, idx, 1, generator=torch.Generator().manual_seed(0), **settings)[:, 2]
+    expected = next_token_probabilities(model(idx[:1])[0][:, -1], **settings)[0]
+    observed = torch.bincount(tokens, minlength=256) / 4000
+    assert torch.equal(observed > 0, expected > 0), "those and no others"
+    error = (observed - expected).abs() / (expected * (1 - expected) / 4000).sqrt()
+    assert error[expected > 0.002].max() < 5, "within five standard deviations"
 
 
 def test_draws_follow_the_distribution(model):
@@ -156,6 +196,7 @@ def test_generating_restores_the_mode_and_records_no_gradient(model):
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"generator": []}, "1 sequences need one generator or 1, got 0"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_the_value(model, settings, message):
@@ -182,6 +223,75 @@ def test_the_command_writes_the_prompt_and_as_many_tokens_as_asked(run, capsys):
     assert capsys.readouterr().out == first
     main(["--run", str(run[0]), "--tokens", "5", "--checkpoint", "best"])
     assert capsys.readouterr().out
+
+
+def test_a_piece_never_ends_within_a_character(model, monkeypatch):
+    text = "aé東🦊z"
+    tokens = iter(text.encode() + b"\xf0\x9f")  # and half of one at the end
+    monkeypatch.setattr(
+        "fastgpt.gpt.sample.stream_tokens",
+        lambda *args, **settings: (torch.tensor([token]) for token in tokens),
+    )
+    pieces = list(stream_text(model, ByteTokenizer(), "ab", 20))
+    assert [piece for piece in pieces if piece] == [*text, "\ufffd"]
+
+
+def test_a_text_ends_before_the_token_to_stop_at(model):
+    prompt, tokenizer = "ab", ByteTokenizer()
+    idx = torch.tensor([list(prompt.encode())])
+    new = generate(model, idx, 20, temperature=0)[0, 2:].tolist()
+    stop = new[4]
+    text = "".join(stream_text(model, tokenizer, prompt, 20, temperature=0, stop=[stop]))
+    assert text == tokenizer.decode(new[: new.index(stop)])
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A folder of Hugging Face's format, and its model and tokeniser."""
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.train(["def f(x):\n    return x\n"] * 3, 300)
+    vocab_size = tokenizer.vocab_size + 5  # padded
+    model = GPT(GPTConfig(vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=16))
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(30)
+    folder = tmp_path_factory.mktemp("pretrained") / "gpt2"
+    model.save_pretrained(folder, tokenizer=tokenizer)
+    return folder, model, tokenizer
+
+
+def test_the_command_writes_with_a_pretrained_folder_until_its_end_of_text(
+    pretrained, tmp_path, capsys
+):
+    folder, model, tokenizer = pretrained
+    command = ["--prompt", "def", "--tokens", "20", "--seed", "3", "--device", "cpu"]
+    assert main(["--pretrained", str(folder), *command]) == 0
+    expected = "".join(stream_text(model, tokenizer, "def", 20, seed=3))
+    assert capsys.readouterr().out == f"def{expected}\n"
+    ids = torch.tensor([tokenizer.encode(["def"])[0].tolist()])
+    new = generate(
+        model, ids, 20, temperature=0.8, generator=torch.Generator().manual_seed(3)
+    )[0, ids.shape[1] :].tolist()  # fmt: skip
+    copy = Path(shutil.copytree(folder, tmp_path / "gpt2"))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": new[6]}))
+    assert main(["--pretrained", str(copy), *command]) == 0
+    expected = tokenizer.decode(new[: new.index(new[6])])
+    assert capsys.readouterr().out == f"def{expected}\n"
+
+
+def test_a_pretrained_folder_whose_parts_do_not_fit_is_refused(pretrained, tmp_path, capsys):
+    copy = Path(shutil.copytree(pretrained[0], tmp_path / "gpt2"))
+    larger = BPETokenizer.train([" ".join(map(str, range(1000)))], 500)
+    (copy / "tokenizer.json").write_text(larger.serialized)
+    with pytest.raises(CheckpointError, match=r"has 500 tokens and the model \d+, expected at lea"):
+        main(["--pretrained", str(copy)])
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: no such file"):
+        main(["--pretrained", str(copy)])
+    for wrong in (["--pretrained", str(copy), "--run", "x"], [],
+                  ["--pretrained", str(copy), "--checkpoint", "best"]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "--run" in capsys.readouterr().err
 
 
 def test_text_arrives_piece_by_piece(model):

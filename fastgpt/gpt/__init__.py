@@ -5,6 +5,7 @@ Building a model needs only torch; data, training and sampling need `pip install
     python -m fastgpt.gpt.demo                       everything, in less than five minutes on a CPU
     python -m fastgpt.gpt.train --preset small       train
     python -m fastgpt.gpt.sample --run runs/...      write text with the result
+    GPT.from_pretrained(DIR), save_pretrained(DIR)   a GPT-2 folder as Hugging Face has it
 """
 
 from .cache import KeyValueCache

@@ -18,20 +18,27 @@ class KeyValueCache:
         model.features(token, cache)  # (1, 1): one token more, as if after a second reading
 
     A token's place in the cache is its position in its sequence. All memory is taken at once:
-    `keys` and `values` are (n_layer, B, nh, block_size, hs). Nothing is differentiated.
+    `keys` and `values` are (n_layer, B, nh, length, hs), where `length` is the most tokens that a
+    sequence can have, block_size unless it is less. Nothing is differentiated.
     """
 
     def __init__(
         self,
         config: GPTConfig,
         batch_size: int,
+        length: int | None = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        heads = config.n_head, config.block_size, config.n_embd // config.n_head
+        length = config.block_size if length is None else length
+        if not 1 <= length <= config.block_size:
+            raise UsageError(
+                f"length must be in 1 ... {config.block_size}, the model's block_size, got {length}"
+            )
+        heads = config.n_head, length, config.n_embd // config.n_head
         self.config = config
         # Not empty: torch's attention multiplies what a mask hides by 0, and 0 x NaN is NaN.
         self.keys = torch.zeros(config.n_layer, batch_size, *heads, dtype=dtype, device=device)
@@ -49,15 +56,29 @@ class KeyValueCache:
             raise UsageError(f"a cache of lengths {self.lengths} can't be cut to {list(lengths)}")
         self.lengths = list(lengths)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all sequences but these, in ascending order; they move together, in place."""
+        B = len(self.lengths)
+        if not rows or any(not 0 <= b < B for b in rows) or sorted(set(rows)) != list(rows):
+            raise UsageError(f"of {B} sequences the cache can't keep {list(rows)}")
+        for to, b in enumerate(rows):  # to <= b: nothing that is still to be moved is overwritten
+            if to < b:
+                for stored in (self.keys, self.values):
+                    end = self.lengths[b]
+                    stored[:, to, :, :end] = stored[:, b, :, :end]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        self.lengths = [self.lengths[b] for b in rows]
+
     def begin(self, B: int, T: int) -> Tensor:
         """Prepare for T tokens more of each of the B sequences; their positions, (1 or B, T)."""
-        first, block_size, device = max(self.lengths), self.config.block_size, self.keys.device
+        first, room, device = max(self.lengths), self.keys.shape[3], self.keys.device
         if len(self.lengths) != B:
             raise UsageError(f"the cache is of {len(self.lengths)} sequences, got {B}")
-        if first + T > block_size:
+        if first + T > room:
+            name = "block_size" if room == self.config.block_size else "its length"
             raise UsageError(
-                f"{T} tokens do not fit the context after {first} in the cache: block_size is "
-                f"{block_size}; pass the last {block_size} of them all with an empty cache"
+                f"{T} tokens do not fit the context after {first} in the cache: {name} is "
+                f"{room}; pass the last {room} of them all with an empty cache"
             )
         self._end = first + T
         same = min(self.lengths) == first

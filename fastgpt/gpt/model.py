@@ -8,7 +8,8 @@ Shapes: B sequences, T tokens, C = n_embd, nh heads of hs = C / nh, V = vocab_si
 
 import math
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ import fastgpt
 from .cache import KeyValueCache
 from .config import LOSSES, GPTConfig
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .tokenizer import BPETokenizer
 
 # Features (N, C), the output layer's matrix (V, C), targets (N,) -> a scalar
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -148,10 +152,15 @@ class GPT(nn.Module):
             raise UsageError(f"the cache is for {cache.config}, the model is {self.config}")
         return self.transformer(idx, cache)
 
-    def new_cache(self, batch_size: int) -> KeyValueCache:
-        """Room for the keys and values of `batch_size` sequences, for `features`."""
+    def new_cache(self, batch_size: int, length: int | None = None) -> KeyValueCache:
+        """Room for the keys and values of `batch_size` sequences, for `features`.
+
+        `length` is the most tokens that a sequence can have, block_size unless it is less.
+        """
         weight = self.lm_head.weight
-        return KeyValueCache(self.config, batch_size, dtype=weight.dtype, device=weight.device)
+        return KeyValueCache(
+            self.config, batch_size, length, dtype=weight.dtype, device=weight.device
+        )
 
     def use_attention(self, attention: AttentionFunction) -> None:
         """Have every block call `attention`, not `fastgpt.scaled_dot_product_attention`."""
@@ -175,6 +184,38 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=std)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: Path | str,
+        *,
+        dropout: float | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "GPT":
+        """The GPT-2 of a folder in Hugging Face's format, in eval mode.
+
+        The folder holds config.json and model.safetensors, or the index of several such files.
+        Nothing is downloaded, and nothing in it is executed. `dropout` is the folder's unless it is
+        given, and so is `dtype`. Raises CheckpointError, with what was found and what was expected,
+        if something is missing or damaged, or if the model is one that this class is not.
+        """
+        from .pretrained import load_pretrained
+
+        return load_pretrained(directory, dropout=dropout, dtype=dtype, device=device)
+
+    def save_pretrained(
+        self, directory: Path | str, *, tokenizer: "BPETokenizer | None" = None
+    ) -> None:
+        """Write a folder that `from_pretrained` reads, and `transformers` as a GPT2LMHeadModel.
+
+        With a tokeniser the folder has its tokenizer.json, too. It appears whole or not at all.
+        Raises FileExistsError if the folder is there and not empty.
+        """
+        from .pretrained import save_pretrained
+
+        save_pretrained(self, directory, tokenizer=tokenizer)
 
     def num_parameters(self) -> int:
         """How many numbers training adjusts; the tied matrix counts once."""

@@ -93,11 +93,13 @@ class BPETokenizer(Tokenizer):
     def __init__(self, serialized: str) -> None:
         self.serialized = serialized
         self._tokenizer = require("tokenizers").Tokenizer.from_str(serialized)
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        vocabulary, added = self._tokenizer.get_vocab(), self._tokenizer.get_added_tokens_decoder()
+        self.vocab_size = 1 + max(vocabulary.values())
         byte_of = _byte_of_printable()
         self._bytes = [b""] * self.vocab_size
-        for text, token in self._tokenizer.get_vocab().items():
-            self._bytes[token] = bytes(byte_of[character] for character in text)
+        for text, token in vocabulary.items():
+            as_it_is = token in added  # such as <|endoftext|>, beside the encoding
+            self._bytes[token] = text.encode() if as_it_is else bytes(byte_of[c] for c in text)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -119,7 +121,8 @@ class BPETokenizer(Tokenizer):
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def token_bytes(self, token: int) -> bytes:
-        return self._bytes[token]
+        # A model's vocabulary may be padded beyond the tokeniser's.
+        return self._bytes[token] if token < self.vocab_size else b""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "tokenizer": json.loads(self.serialized)}
