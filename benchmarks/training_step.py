@@ -155,13 +155,25 @@ class Trainee:
         end = time.perf_counter()
         return middle - start, late - middle, end - late
 
-    def gate(self) -> None:
-        """Raises RedGateError unless all variants compute what eager does."""
+    def gate(self) -> dict[Variant, str]:
+        """Check that all variants compute what eager does: which do not, or don't run, and why.
+
+        Raises RedGateError if it is one of ours.
+        """
         want_loss, want = self._gradients(EAGER)
         size = math.sqrt(sum(float(g.float().square().sum()) for g in want))
         allowed_loss, allowed = ALLOWED[self.case.mode]
+        left_out = {}
         for variant in VARIANTS:
-            loss, got = self._gradients(variant)
+            try:
+                loss, got = self._gradients(variant)
+            except Exception as error:
+                if not variant.compiled:
+                    raise
+                left_out[variant] = (
+                    f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                )
+                continue
             squares = (
                 float((a.float() - b.float()).square().sum())
                 for a, b in zip(got, want, strict=True)
@@ -170,11 +182,14 @@ class Trainee:
             off = abs(loss - want_loss) / abs(want_loss)
             # Not "error > allowed", which NaN would pass.
             if not (error <= allowed and off <= allowed_loss):
-                raise RedGateError(
-                    f"{self.case}: {variant.name} is not {EAGER.name}: the loss is {loss:.7g} "
-                    f"instead of {want_loss:.7g}, and the gradients are off by {error:.2g} of "
-                    f"their norm, where {allowed_loss:g} and {allowed:g} are allowed"
+                left_out[variant] = (
+                    f"{variant.name} is not {EAGER.name}: the loss is {loss:.7g} instead of "
+                    f"{want_loss:.7g}, and the gradients are off by {error:.2g} of their norm, "
+                    f"where {allowed_loss:g} and {allowed:g} are allowed"
                 )
+                if not variant.compiled:
+                    raise RedGateError(f"{self.case}: {left_out[variant]}")
+        return left_out
 
     def _gradients(self, variant: Variant) -> tuple[float, list[Tensor]]:
         self.optimizer.zero_grad()
@@ -256,6 +271,7 @@ class Measured:
     breakdowns: dict[str, dict[str, float]]
     fixed_bytes: int  # of weights, gradients and optimiser
     multiply_adds: float  # the machine's, 1/s
+    left_out: dict[str, str]  # variants that were not measured, and why
     took: float = field(default=0.0)  # seconds, of everything
 
     def step(self, name: str) -> list[float]:
@@ -281,19 +297,20 @@ def measure(case: Case, seconds: float | None = None, least: int = 3) -> Measure
     """Gate, memory, rounds for about `seconds` (the case's), and a profile of each variant."""
     begin = time.perf_counter()
     trainee = Trainee(case)
-    trainee.gate()  # and the compiler's work
+    failed = trainee.gate()  # and the compiler's work
+    variants = [variant for variant in VARIANTS if variant not in failed]
+    trainee.step(OURS)  # the optimiser's state is there from now on
     peaks = {}
-    for variant in VARIANTS:
-        trainee.step(variant)  # the optimiser's state is there from the first on
+    for variant in variants:
         trainee.optimizer.zero_grad()
         peaks[variant.name] = peak_bytes(
             functools.partial(trainee.step, variant),
             beside=lambda: [p.grad for p in trainee.parameters if p.grad is not None],
         )
     times: dict[str, dict[str, list[float]]] = {
-        variant.name: {part: [] for part in PARTS} for variant in VARIANTS
+        variant.name: {part: [] for part in PARTS} for variant in variants
     }
-    order, shuffle = list(VARIANTS), random.Random(0).shuffle
+    order, shuffle = list(variants), random.Random(0).shuffle
     end = time.perf_counter() + (case.seconds if seconds is None else seconds)
     gc.collect()
     gc.disable()
@@ -305,12 +322,13 @@ def measure(case: Case, seconds: float | None = None, least: int = 3) -> Measure
                     times[variant.name][part].append(taken)
     finally:
         gc.enable()
-    breakdowns = {variant.name: breakdown(trainee, variant) for variant in VARIANTS}
+    breakdowns = {variant.name: breakdown(trainee, variant) for variant in variants}
     fixed = sum(p.nbytes + p.grad.nbytes for p in trainee.parameters if p.grad is not None)
     states = (x for state in trainee.optimizer.state.values() for x in state.values())
     fixed += sum(x.nbytes for x in states if isinstance(x, Tensor))
     dtype = torch.float32 if case.mode == FLOAT32 else torch.bfloat16
-    measured = Measured(case, times, peaks, breakdowns, fixed, multiply_adds(dtype))
+    left_out = {variant.name: reason for variant, reason in failed.items()}
+    measured = Measured(case, times, peaks, breakdowns, fixed, multiply_adds(dtype), left_out)
     torch._dynamo.reset()  # the graphs hold the parameters
     measured.took = time.perf_counter() - begin
     return measured
@@ -359,6 +377,7 @@ def table(found: list[Measured]) -> list[str]:
                 f"| {name} | {_milliseconds(measured.step(name))} | {' | '.join(ratios)} | "
                 f"{each} | {peak / 2**20:,.0f} | {peak / measured.peaks[EAGER.name]:.2f} |"
             )
+        lines += [f"| {name} | {why} | | | | | | |" for name, why in measured.left_out.items()]
     return lines
 
 

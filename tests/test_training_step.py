@@ -14,6 +14,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.training_step import (
     ALLOWED,
     ATTENTION,
+    COMPILED,
     EAGER,
     HEAD,
     LAYERS,
@@ -39,6 +40,7 @@ CONFIG = GPTConfig(vocab_size=8192, block_size=64, n_layer=2, n_head=2, n_embd=6
 def without_the_compiler(monkeypatch):
     """Its variant takes half a minute, and is compared by the gate as the others are."""
     monkeypatch.setattr(training_step, "VARIANTS", (OURS, RECOMPUTING, EAGER))
+    monkeypatch.setattr(training_step, "multiply_adds", lambda dtype: 1e11)
 
 
 def case(mode="float32", config=CONFIG, B=4):
@@ -85,7 +87,7 @@ def test_a_temporary_at_the_address_of_a_gradient_goes_uncounted():
 @pytest.mark.parametrize("mode", ALLOWED)
 def test_the_variants_compute_different_things_or_are_not_what_they_are_called(mode):
     trainee = Trainee(case(mode))
-    trainee.gate()
+    assert trainee.gate() == {}
     parts = {v: breakdown(trainee, v) for v in (OURS, RECOMPUTING, EAGER)}
     for found in parts.values():
         assert min(found[part] for part in (LAYERS, HEAD, ATTENTION)) > 0
@@ -132,6 +134,26 @@ def test_a_variant_that_is_wrong_is_reported(wrong, monkeypatch):
     monkeypatch.setattr(training_step, "loss_function", loss_function)
     with pytest.raises(RedGateError, match="fastgpt is not torch eager"):
         Trainee(case()).gate()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_compiler_that_fails_or_is_wrong_takes_the_report_with_it(fails, monkeypatch):
+    def compile(function, **options):
+        def run(x, y):
+            if fails:
+                raise RuntimeError("no compiler\nand more")
+            return 2 * function(x, y)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(training_step, "VARIANTS", (OURS, EAGER, COMPILED))
+    measured = measure(case(), least=2)
+    assert list(measured.seconds) == [OURS.name, EAGER.name]
+    row = table([measured])[-1]
+    assert row.startswith("| torch.compile | ")
+    assert ("RuntimeError: no compiler | |" in row) == fails
+    assert ("the gradients are off by 1 of their norm" in row) != fails
 
 
 def test_the_table_gives_other_numbers_than_the_rounds():
