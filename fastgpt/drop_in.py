@@ -84,11 +84,17 @@ class drop_in(TorchFunctionMode):
     exception. A backward pass may run outside; activation checkpointing, which calls the model
     again then, needs `fastgpt.checkpoint_context_fn`.
 
-    Three calls stay torch's:
+    Around a model in `DistributedDataParallel`, or one that `torch.compile` compiles, it works as
+    around any, also within the compiled function. (`fullgraph=True` around DDP's own forward is
+    more than torch can do; compile the module inside.)
+
+    Four calls stay torch's:
 
     - `nn.MultiheadAttention` with `need_weights=True` (its default): a fused kernel never has the
       weights.
     - Nested tensors. The modules' inference fast path, which makes them, is not taken here.
+    - What a reentrant checkpoint (`use_reentrant=True`) recomputes, and so its gradients, unless it
+      is compiled: it takes no context. Enter `drop_in()` in the checkpointed function itself.
     - A compiled `nn.TransformerEncoderLayer` without gradients and in eval mode: the compiler
       takes that fast path past any mode. `torch.backends.mha.set_fastpath_enabled(False)` ends it.
     """
