@@ -10,12 +10,12 @@ from fastgpt.gpt.errors import require
 BLUE, RED, GREEN, GREY = "#08519c", "#c44e52", "#2a7f3f", "0.55"
 
 
-def panels(count: int, height: float = 3.4, **options: Any) -> tuple[Any, Any]:
-    """A figure and its `count` axes side by side; the options are those of `Figure.subplots`."""
+def panels(columns: int, rows: int = 1, height: float = 3.4, **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes, as many side by side; the options are those of `Figure.subplots`."""
     figure_class = require("matplotlib.figure").Figure  # no pyplot: no display, no global state
     figure = figure_class(figsize=(9.6, height), layout="constrained")
-    axes = figure.subplots(1, count, **options)
-    for each in axes if count > 1 else [axes]:
+    axes = figure.subplots(rows, columns, **options)
+    for each in figure.axes:
         each.spines[["top", "right"]].set_visible(False)
         each.set_axisbelow(True)
     return figure, axes
