@@ -1,0 +1,95 @@
+"""The chapters of the tour: what they claim, their figures, their pages and the index."""
+
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOUR = Path(__file__).parent.parent / "docs" / "tour"
+SCRIPTS = sorted(TOUR.glob("[0-9]*.py"))
+OUTPUT = re.compile(r"```text\n(.*?)```\n\n", re.DOTALL)
+LARGEST_FIGURE = 60_000  # bytes: a repository keeps every version of it
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("build_tour", TOUR / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_in_process(script: Path, folder: Path, *, hidden: str = ""):
+    """Run a copy of the chapter in the folder, as a reader would, without the library `hidden`."""
+    for file in (script, TOUR / "drawing.py"):
+        shutil.copy(file, folder)
+    code = f"import runpy, sys; sys.path.insert(0, ''); sys.modules[{hidden!r}] = None; "
+    code += f"runpy.run_path({script.name!r}, run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(TOUR.parent.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def without_numbers(text: str) -> list[str]:
+    """The words: the last digits are the machine's, and with them the width of columns."""
+    return re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", " # ", text).split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_claim_does_not_hold_or_the_page_shows_other_output(
+    script, tmp_path, monkeypatch, capsys, threads
+):
+    torch.set_num_threads(1)
+    monkeypatch.syspath_prepend(TOUR)
+    with torch.random.fork_rng():
+        runpy.run_path(str(shutil.copy(script, tmp_path)), run_name="__main__")
+    figure = tmp_path / "figures" / f"{script.stem}.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert figure.stat().st_size < LARGEST_FIGURE
+    shown = "".join(OUTPUT.findall(script.with_suffix(".md").read_text()))
+    assert without_numbers(shown) == without_numbers(capsys.readouterr().out), (
+        "run docs/tour/build.py"
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_page_is_older_than_its_script(script, build):
+    written = script.with_suffix(".md").read_text()
+    silent = build.page(script, [""] * len(build.cells(script.read_text())))
+    assert OUTPUT.sub("", written) == silent, "run docs/tour/build.py"
+    assert (TOUR / "figures" / f"{script.stem}.png").stat().st_size < LARGEST_FIGURE
+
+
+def test_the_index_misses_a_chapter_or_its_summary(build):
+    assert (TOUR / "README.md").read_text() == build.readme(), "run docs/tour/build.py"
+    assert [script.name[:2] for script in SCRIPTS] == [f"{n:02}" for n in range(1, 13)]
+
+
+def test_a_false_claim_goes_unnoticed(tmp_path):
+    script = tmp_path / "01_false.py"
+    script.write_text(
+        SCRIPTS[0].read_text().replace("assert flat[0] == 100", "assert flat[0] == 0")
+    )
+    (tmp_path / "run").mkdir()
+    result = run_in_process(script, tmp_path / "run")
+    assert result.returncode == 1
+    assert "AssertionError" in result.stderr
+
+
+def test_without_matplotlib_a_reader_is_told_what_to_install(tmp_path):
+    result = run_in_process(SCRIPTS[0], tmp_path, hidden="matplotlib")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert "needs the library 'matplotlib'" in last
+    assert "pip install 'fastgpt[gpt]'" in last
