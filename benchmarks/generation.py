@@ -101,8 +101,9 @@ def table(times: dict[Variant, list[float]], same: dict[Variant, float], tokens:
     for variant, measured in times.items():
         rates = [tokens / t for t in measured]
         ratios = [a / b for a, b in zip(measured, times[OURS], strict=True)]
+        style = ",.0f" if min(rates) >= 100 else ".1f"
         lines.append(
-            f"| {variant.name} | {_quartiles(rates, ',.0f')} | {_quartiles(ratios, '.2f')} | "
+            f"| {variant.name} | {_quartiles(rates, style)} | {_quartiles(ratios, '.2f')} | "
             f"{same[variant]:.0%} |"
         )
     return lines

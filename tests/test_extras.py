@@ -159,7 +159,11 @@ for name in {[*LIBRARIES, "lightning"]}:
     sys.modules[name] = None
 import importlib
 for name in {names}:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:  # what is for users of a library begins with that library
+        if not (name.startswith("fastgpt.integrations.") and "fastgpt[" in str(error)):
+            raise
 """
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True

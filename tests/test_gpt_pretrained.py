@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastgpt.gpt import GPT, GPTConfig
@@ -415,6 +416,12 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert_same_model(GPT.from_pretrained(tmp_path / "gpt2"), ours())
 
 
+def test_a_saved_file_says_that_it_is_pytorchs(folder):
+    """transformers 4 refuses one that does not."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
 def test_saved_files_have_the_modes_of_ordinary_ones(folder):
     (folder / "ordinary").touch()
     (folder / "ordinary folder").mkdir()
@@ -437,7 +444,7 @@ def test_an_output_layer_that_is_not_the_embedding_is_not_saved(tmp_path):
 def test_without_safetensors_the_error_names_the_extra(folder, monkeypatch, use):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(MissingExtraError, match=r"'safetensors'.*pip install 'fastgpt\[gpt\]'"):
+    with pytest.raises(MissingExtraError, match=r"safetensors.*pip install .*fastgpt\[gpt\]"):
         use(folder)
 
 
