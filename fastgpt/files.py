@@ -1,5 +1,6 @@
 """Files that are either whole or not there, and the folder for those that can be made again."""
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
         os.replace(temporary, path)
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what `atomic_path(path)` left where its process was killed inside the block."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.????????{path.suffix}"):
         temporary.unlink(missing_ok=True)
 
 
