@@ -39,7 +39,7 @@ _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 class World:
     """The processes of a run, of which this one has number `rank`.
 
-    Small numbers travel between CPUs; every process then has the same, bit for bit.
+    What they find together every process has alike, bit for bit.
     """
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
@@ -57,8 +57,8 @@ class World:
         return max(float(x) for x in self.gather(torch.tensor(number, dtype=torch.float64)))
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Every process's x, all of one shape, on the CPU."""
-        x = x.detach().cpu()
+        """Every process's x, all of one shape, where x is."""
+        x = x.detach()
         if self.group is None:
             return [x]
         all_x = [torch.empty_like(x) for _ in range(self.size)]
@@ -66,12 +66,8 @@ class World:
         return all_x
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all processes, added in their order, where x is."""
-        if self.group is None:
-            return x
-        all_x = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(all_x, x.detach().unsqueeze(0), group=self.group)
-        return all_x.sum(0)
+        """The sum over all processes, added in their order."""
+        return torch.stack(self.gather(x)).sum(0)
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -143,6 +139,13 @@ class Parallel:
             if self._fsdp:
                 cast(FSDPModule, self._wrapped).set_requires_gradient_sync(last)
             yield
+
+    def reshard(self) -> None:
+        """After a forward pass without a backward, for which fully_shard keeps parameters whole."""
+        if self._fsdp:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     @torch.no_grad()
     def clip_gradients(self, limit: float) -> Tensor:

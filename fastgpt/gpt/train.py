@@ -215,6 +215,7 @@ class Trainer:
         """The mean loss over `eval_batches` batches of held-out text, the same ones every time."""
         self.model.eval()
         losses = [self._loss(VAL, i) for i in range(self.config.eval_batches)]
+        self.parallel.reshard()
         return self._mean(torch.stack(losses).mean()).item()
 
     def save(self) -> None:
