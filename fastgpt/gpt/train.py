@@ -141,6 +141,8 @@ class Trainer:
         if self.world.main:
             out.mkdir(parents=True, exist_ok=True)
             remove_unfinished(out)
+            if resume and resume.name == LATEST:  # a kill may have come before this
+                keep_checkpoint(resume, self.step, config.keep)
             self.metrics.start(last_step=self.step if resume else None)
             write_json(out / "tokenizer.json", self.data.tokenizer.to_json())
             write_json(out / "config.json", asdict(config))
