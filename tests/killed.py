@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from fastgpt.gpt import checkpoint, train
+from fastgpt.gpt import state, train
 from fastgpt.gpt.metrics import MetricsFile
 from fastgpt.gpt.train import Trainer, make_trainer
 
@@ -65,7 +65,7 @@ def arm(trainer: Trainer, point: str) -> None:
     elif point == "before the latest has its name":
         os.replace = lambda a, b: die() if Path(b).name == "latest.safetensors" else replace(a, b)
     elif point == "when the latest has its name":
-        checkpoint.keep_checkpoint = train.keep_checkpoint = die
+        state.keep_checkpoint = die
     elif point == "before its second name":
         os.link = die
     elif point == "in the plot":

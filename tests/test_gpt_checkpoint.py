@@ -248,7 +248,10 @@ def test_settings_that_are_none_are_taken_or_written_over(finished, name, conten
     assert contents(finished) == before
 
 
-def test_a_new_run_in_the_folder_of_another_writes_over_it(finished):
+@pytest.mark.parametrize("latest", [True, False])
+def test_a_new_run_in_the_folder_of_another_writes_over_it(finished, latest):
+    if not latest:
+        (finished / LATEST).unlink()
     before = contents(finished)
     with pytest.raises(ValueError, match="already holds a run"):
         run(finished, data=str(finished / "config.json"))

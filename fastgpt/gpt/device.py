@@ -21,7 +21,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "mps") and device.index is None and local_rank is not None:
-            device = torch.device(device.type, int(local_rank))
+            index = int(local_rank) % torch.accelerator.device_count()
+            device = torch.device(device.type, index)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

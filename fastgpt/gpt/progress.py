@@ -1,13 +1,38 @@
 """What a run says to the person who watches it, and what it hears from them."""
 
+import math
 import signal
 import sys
 import time
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import require
 from .metrics import Row
+
+if TYPE_CHECKING:
+    from .train import Trainer
+
+
+def heading(trainer: "Trainer") -> str:
+    """What a run is, before it begins."""
+    config, data, bigram = trainer.config, trainer.data, trainer.bigram_loss
+    size = trainer.world.size
+    many = f"{size} x " if size > 1 else ""
+    peak = f"{trainer.peak / 1e12:,.1f} TFLOP/s" if trainer.peak else "unknown, so no MFU"
+    text = (
+        f"{data.corpus}: {len(data.train):,} tokens to train on and {len(data.val):,} held out, "
+        f"{data.tokenizer.kind} vocabulary {data.tokenizer.vocab_size:,}\n"
+        f"model {config.preset}: {trainer.num_parameters:,} parameters on {many}{trainer.device}; "
+        f"{config.tokens_per_step:,} tokens a step; loss {config.loss}; {config.dtype}\n"
+        f"peak of {trainer.peak_is_of}: {peak}\n"
+        f"to compare with: ln(vocabulary) {math.log(data.tokenizer.vocab_size):.4f}"
+        + (f", bigram model {bigram:.4f} (validation loss)" if bigram is not None else "")
+        + f"\nrun folder: {trainer.out}"
+    )
+    if trainer.step >= config.steps:
+        text += f"\nnothing to do: {trainer.step:,} steps are done; give more with --steps"
+    return text
 
 
 class Report:

@@ -11,12 +11,11 @@ A resumed run computes what the uninterrupted one would have, bit for bit on a C
 number of processes, or with parameters shared out another way, it does so to rounding.
 """
 
-import argparse
 import math
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,14 @@ import torch
 from torch import Tensor
 
 from .bigram import Bigram
-from .checkpoint import (
-    Tensors,
-    keep_checkpoint,
-    kept_checkpoints,
-    load_checkpoint,
-    model_tensors,
-    optimizer_tensors,
-    restore_model,
-    restore_optimizer,
-    restore_rng,
-    rng_tensors,
-    save_checkpoint,
-)
+from .checkpoint import keep_checkpoint, kept_checkpoints
 from .config import PRESETS, TrainConfig
 from .data import Dataset, load_dataset, random_batch
 from .device import pick_device
 from .distributed import Parallel, World, join, leave
-from .errors import CheckpointError, UsageError, require, run_command
+from .errors import UsageError, require, run_command
 from .flops import flops_per_token, peak_of
 from .folder import (
-    BEST,
     LATEST,
     find_checkpoint,
     load_config,
@@ -55,8 +41,10 @@ from .folder import (
 from .metrics import MetricsFile, Row, draw_loss
 from .model import GPT, loss_function
 from .optim import learning_rate, make_optimizer
-from .progress import Report, StopSignals
+from .options import parse_arguments
+from .progress import Report, StopSignals, heading
 from .spikes import Spikes
+from .state import restore, save_best, save_latest
 from .vocabulary import vocabulary_loss
 
 TRAIN, VAL = 0, 1  # parts of the key that a batch is drawn with
@@ -86,7 +74,7 @@ class Trainer:
         self.config, self.out = config, out
         self.device = pick_device(config.device)
         self.world = world or join(self.device)
-        if resume is None and (out / LATEST).exists():
+        if resume is None and ((out / LATEST).exists() or kept_checkpoints(out)):
             raise UsageError(
                 f"{out} already holds a run; continue it with --resume {out}, "
                 "or give another folder with --out"
@@ -137,7 +125,7 @@ class Trainer:
         if self.world.rank:
             torch.manual_seed(config.seed + self.world.rank)  # for dropout of its own
         if resume:
-            self._restore(resume)
+            restore(self, resume)
         if self.world.main:
             out.mkdir(parents=True, exist_ok=True)
             remove_unfinished(out)
@@ -221,28 +209,9 @@ class Trainer:
         return self._mean(torch.stack(losses).mean()).item()
 
     def save(self) -> None:
-        """Write latest.safetensors, after which no process goes on before it is there."""
+        """Write latest.safetensors."""
         self._count_time()
-        tensors = {
-            **model_tensors(self.model, self.parallel),
-            **optimizer_tensors(self.model, self.optimizer, self.parallel),
-            **self._rng_of_all(),
-            **self.spikes.tensors(),
-            "progress": self.sums,
-        }
-        metadata = {
-            **self._metadata(),
-            "config": asdict(self.config),
-            "best_val": self.best_val,
-            "seconds": self.seconds,
-            "interval_steps": self.interval_steps,
-            "interval_skipped": self.interval_skipped,
-            "interval_seconds": self.interval_seconds,
-        }
-        if self.world.main:
-            save_checkpoint(self.out / LATEST, tensors, metadata)
-            keep_checkpoint(self.out / LATEST, self.step, self.config.keep)
-        self.world.wait()
+        save_latest(self)
         self.mark = time.perf_counter()
 
     def draw(self) -> None:
@@ -314,9 +283,7 @@ class Trainer:
         self.interval_steps, self.interval_skipped, self.interval_seconds = 0, 0, 0.0
         if val_loss is not None and val_loss < self.best_val:
             self.best_val = val_loss
-            tensors = model_tensors(self.model, self.parallel)
-            if self.world.main:
-                save_checkpoint(self.out / BEST, tensors, self._metadata())
+            save_best(self)
         self.mark = time.perf_counter()
 
     def _count_time(self) -> None:
@@ -324,71 +291,6 @@ class Trainer:
         self.interval_seconds += now - self.mark
         self.seconds += now - self.mark
         self.mark = now
-
-    def _metadata(self) -> dict[str, Any]:
-        return {
-            "model": asdict(self.model.config),
-            "corpus": self.data.digest,
-            "step": self.step,
-        }
-
-    def _rng_of_all(self) -> Tensors:
-        return {
-            f"{name}/{rank}" if rank else name: state
-            for name, own in rng_tensors(self.device).items()
-            for rank, state in enumerate(self.world.gather(own))
-        }
-
-    def _restore(self, path: Path) -> None:
-        tensors, saved = load_checkpoint(path)
-        if "progress" not in tensors or "best_val" not in saved:
-            kept = [LATEST, *(file.name for file in kept_checkpoints(path.parent))]
-            raise CheckpointError(
-                f"{path}: holds no state of a run to resume, only weights; resume from one of "
-                f"{', '.join(kept)}"
-            )
-        if saved["corpus"] != self.data.digest:
-            raise CheckpointError(
-                f"{path} was trained on another text than {self.data.corpus} is now; give the same "
-                "with --data (the default corpus changes with the Python version)"
-            )
-        restore_model(path, self.model, tensors, self.parallel)
-        restore_optimizer(path, self.model, self.optimizer, tensors, self.parallel)
-        self.step, self.best_val, self.seconds = saved["step"], saved["best_val"], saved["seconds"]
-        world = self.world
-        if not restore_rng(tensors, self.device, world.rank, world.size):
-            torch.manual_seed(self.config.seed + world.rank + 1_000_003 * self.step)
-        self.spikes.restore(tensors)
-        self.sums.copy_(tensors["progress"])
-        self.interval_steps = saved["interval_steps"]
-        self.interval_skipped = saved.get("interval_skipped", 0)
-        self.interval_seconds = saved["interval_seconds"]
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options given, and no others: `out`, `resume`, and fields of TrainConfig."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgpt.gpt.train",
-        description="Train a GPT on text.",
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/<preset>-<time>)")
-    parser.add_argument(
-        "--resume", type=Path, metavar="RUN",
-        help="continue the run in this folder, or from this checkpoint in it",
-    )  # fmt: skip
-    for setting in fields(TrainConfig):
-        keywords = dict(setting.metadata)
-        if setting.default not in (None, False) or "type" not in keywords:
-            shown = setting.default
-            keywords["help"] += f" (default: {shown})" if shown is not False else ""
-        if setting.default is False:
-            keywords["action"] = argparse.BooleanOptionalAction
-        elif "choices" not in keywords:
-            keywords.setdefault("type", type(setting.default))
-            keywords.setdefault("metavar", {int: "N", float: "X", str: "NAME"}[keywords["type"]])
-        parser.add_argument("--" + setting.name.replace("_", "-"), **keywords)
-    return parser.parse_args(arguments)
 
 
 def make_trainer(options: dict[str, Any]) -> Trainer:
@@ -420,30 +322,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     trainer = make_trainer(vars(parse_arguments(arguments)))
     if trainer.world.main:
-        print(_heading(trainer), flush=True)
+        print(heading(trainer), flush=True)
     status = trainer.run() if trainer.step < trainer.config.steps else 0
     leave(trainer.world)
     return status
-
-
-def _heading(trainer: Trainer) -> str:
-    config, data, bigram = trainer.config, trainer.data, trainer.bigram_loss
-    size = trainer.world.size
-    many = f"{size} x " if size > 1 else ""
-    peak = f"{trainer.peak / 1e12:,.1f} TFLOP/s" if trainer.peak else "unknown, so no MFU"
-    text = (
-        f"{data.corpus}: {len(data.train):,} tokens to train on and {len(data.val):,} held out, "
-        f"{data.tokenizer.kind} vocabulary {data.tokenizer.vocab_size:,}\n"
-        f"model {config.preset}: {trainer.num_parameters:,} parameters on {many}{trainer.device}; "
-        f"{config.tokens_per_step:,} tokens a step; loss {config.loss}; {config.dtype}\n"
-        f"peak of {trainer.peak_is_of}: {peak}\n"
-        f"to compare with: ln(vocabulary) {math.log(data.tokenizer.vocab_size):.4f}"
-        + (f", bigram model {bigram:.4f} (validation loss)" if bigram is not None else "")
-        + f"\nrun folder: {trainer.out}"
-    )
-    if trainer.step >= config.steps:
-        text += f"\nnothing to do: {trainer.step:,} steps are done; give more with --steps"
-    return text
 
 
 if __name__ == "__main__":
