@@ -1,10 +1,11 @@
 """Training on two processes: the curve of one, its checkpoints, and how such runs end.
 
 All cases of two processes in the same program run in one start of them, in float64: there nothing
-but the order of sums differs, so that a tolerance of some hundred roundings of float64, after 8
-steps in which AdamW can amplify them, tells a wrong factor or a missing part from rounding.
+but the order of sums differs, and the tolerance of 90 roundings, after 8 steps in which AdamW can
+amplify them, lets no missing part or wrong factor pass.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -23,9 +24,9 @@ from fastgpt.gpt.errors import UsageError
 from fastgpt.gpt.metrics import Row, read_metrics
 from fastgpt.gpt.train import Trainer, make_trainer
 
-TEXT = "".join(f"def f{i}(x):\n    return x + {i * 7919 % 1000}\n\n" for i in range(500))
+TEXT = "# " + "".join(f"def f{i}(x):\n    return x + {i * 7919 % 1000}\n\n" for i in range(500))
 LATEST = "latest.safetensors"
-TOLERANCE = 1e-13  # of float64: 450 units in the last place
+TOLERANCE = 2e-14  # of float64: 90 units in the last place; 13 were found
 SETTINGS: dict[str, Any] = {
     "tokenizer": "char", "block_size": 16, "batch_size": 4, "steps": 8, "warmup": 3, "lr": 3e-3,
     "eval_interval": 4, "eval_batches": 2, "log_interval": 1, "device": "cpu", "threads": 1,
@@ -39,12 +40,16 @@ WAYS: dict[str, dict[str, Any]] = {
 # What is trained, by one process and by two in each of the ways that `WAYS` names.
 RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a batch": ({}, tuple(WAYS)),
-    "micro-batches": ({"grad_accum": 2}, ("plain", "fsdp", "fsdp, tensor-parallel")),
-    "blocks again": ({"checkpoint_activations": True}, ("plain", "fsdp", "tensor-parallel")),
+    "micro-batches": ({"grad_accum": 2}, ("plain", "fsdp")),
+    "blocks again": ({"checkpoint_activations": True}, ("fsdp", "tensor-parallel")),
     "of logits": ({"loss": "cross_entropy"}, ("tensor-parallel",)),
     "bfloat16": ({"dtype": "bfloat16"}, ("plain", "fsdp", "tensor-parallel")),
     "clipped": ({"grad_clip": 0.05}, ("fsdp", "fsdp, tensor-parallel")),
 }
+REFERENCES = {recipe: recipe for recipe in RECIPES}
+# The compiler is to change nothing; it takes the longest, and so runs once.
+RECIPES["compiled"] = ({"compile": True}, ("tensor-parallel",))
+REFERENCES["compiled"] = "a batch"
 CASES = [(recipe, way) for recipe, (_, ways) in RECIPES.items() for way in ways]
 RESUMED = list(zip(WAYS, [*list(WAYS)[1:], "plain"], strict=True))  # each once as either
 
@@ -89,6 +94,7 @@ def work(rank: int, size: int, folder: Path) -> None:
     )
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     Trainer.draw = lambda self: None  # type: ignore[method-assign]
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
     for recipe, way in CASES:
         changes = RECIPES[recipe][0] | WAYS[way]
         trainer = train(folder, recipe, f"{recipe}, {way}", changes)
@@ -162,8 +168,8 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     )  # fmt: skip
     os.environ["FASTGPT_CACHE"] = str(folder / "cache")
     try:
-        for recipe, (changes, _) in RECIPES.items():
-            train(folder, recipe, recipe, changes)
+        for recipe in sorted(set(REFERENCES.values())):
+            train(folder, recipe, recipe, RECIPES[recipe][0])
         stop_at(make_trainer(settings(folder, "one, then two")), 6).run()
         context = torch.multiprocessing.spawn(guarded_work, (2, folder), nprocs=2, join=False)
         try:
@@ -194,8 +200,7 @@ def assert_same_curve(run: Path, reference: Path, tolerance: float = TOLERANCE) 
             assert a.val_loss == pytest.approx(b.val_loss, rel=tolerance, abs=0), b.step
         if b.step:
             assert a.train_loss == pytest.approx(b.train_loss, rel=tolerance, abs=0), b.step
-            # The norm is of small differences, and so has more of a rounding.
-            assert a.grad_norm == pytest.approx(b.grad_norm, rel=10 * tolerance, abs=0), b.step
+            assert a.grad_norm == pytest.approx(b.grad_norm, rel=tolerance, abs=0), b.step
 
 
 def assert_same_checkpoint(run: Path, reference: Path, tolerance: float) -> None:
@@ -221,14 +226,14 @@ def assert_same_checkpoint(run: Path, reference: Path, tolerance: float) -> None
 def test_two_processes_have_another_curve_than_one_on_the_same_batches(folder, recipe, way):
     # bfloat16 rounds the gradients of matrices, 8 bits, before the processes' are added.
     tolerance = 2**-8 if recipe == "bfloat16" else TOLERANCE
-    assert_same_curve(folder / f"{recipe}, {way}", folder / recipe, tolerance)
+    assert_same_curve(folder / f"{recipe}, {way}", folder / REFERENCES[recipe], tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_checkpoint_of_two_processes_holds_parts_or_other_numbers(folder, way):
     """Weights and moments are of the size of the updates of AdamW, which divides by roots."""
-    assert_same_checkpoint(folder / f"a batch, {way}", folder / "a batch", 1e-10)
+    assert_same_checkpoint(folder / f"a batch, {way}", folder / "a batch", 1e-12)
 
 
 @pytest.mark.slow
