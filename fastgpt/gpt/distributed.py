@@ -116,7 +116,7 @@ class Parallel:
         _check(config, world)
         self.model, self.world = model, world
         self.slices: dict[str, list[int]] = {}  # rows of each process, by parameter
-        if config.tensor_parallel:
+        if config.tensor_parallel and world.group is not None:
             self.slices = share_out_vocabulary(model, world.group)
         self._fsdp = config.fsdp
         self._wrapped: nn.Module = model

@@ -28,9 +28,8 @@ class Spikes:
         self.threshold = threshold
         self.skipped = 0
         self.in_a_row = 0
-        self._recent = {
-            name: deque[float](maxlen=WINDOW) for name in ("loss", "gradient norm")
-        }  # fmt: skip
+        names = "loss", "gradient norm"
+        self._recent = {name: deque[float](maxlen=WINDOW) for name in names}
 
     def check(self, loss: float, norm: float) -> str | None:
         """Why the step of this loss and gradient norm is to be left out; None if it is not.

@@ -29,10 +29,12 @@ from .model import GPT, LossFunction
 
 
 def share_out_vocabulary(
-    model: GPT, group: "torch.distributed.ProcessGroup | None"
+    model: GPT, group: "torch.distributed.ProcessGroup"
 ) -> dict[str, list[int]]:
-    """Leave the model this process's slice of its matrix; how many rows each process has of it."""
-    assert group is not None
+    """Leave the model this process's slice of its matrix.
+
+    Returns how many rows of the parameter each process has. Raises UsageError if one had none.
+    """
     ranks = ranks_of(group)
     weight = model.transformer.wte.weight
     if ranks.size > len(weight):
