@@ -1,5 +1,6 @@
 """Files that are either whole or not there, and the folder for those that can be made again."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -50,6 +51,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.rename(temporary, path)  # onto a folder only if that is still empty
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what `atomic_path(path)` left where its process was killed inside the block."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.????????{path.suffix}"):
+        temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

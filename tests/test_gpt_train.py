@@ -385,6 +385,7 @@ def test_metrics_have_the_promised_columns_and_the_plot_is_a_png(text, tmp_path)
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
         "step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "seconds",
+        "mfu", "skipped",
     ]  # fmt: skip
     assert [(row["step"], row["tokens"]) for row in rows] == [
         ("0", "0"), ("5", "320"), ("8", "512"), ("10", "640"),

@@ -7,6 +7,7 @@ from .errors import UsageError
 
 # In the order of the demonstration's table: ours without logits and with them, torch's, written out
 LOSSES = ("linear_cross_entropy", "cross_entropy", "torch", "naive")
+SCHEDULES = ("cosine", "step", "wsd")
 
 
 def _check(ok: bool, name: str, expected: str, value: object) -> None:
@@ -87,22 +88,42 @@ class TrainConfig:
     block_size: int | None = _setting(None, "context in tokens (default: the preset's)", type=int)
     dropout: float = _setting(0.0, "dropout probability")
     steps: int = _setting(1000, "optimiser steps")
-    batch_size: int = _setting(16, "sequences per micro-batch")
+    batch_size: int = _setting(16, "sequences per micro-batch, of all processes together")
     grad_accum: int = _setting(1, "micro-batches per step")
     lr: float = _setting(1e-3, "peak learning rate")
     min_lr: float | None = _setting(None, "last learning rate (default: lr / 10)", type=float)
     warmup: int = _setting(100, "steps of linear warm-up")
+    schedule: str = _setting("cosine", "the learning rate after that", choices=SCHEDULES)
+    decay_every: int | None = _setting(
+        None, "step: steps between decays (default: a third of the steps)", type=int
+    )
+    decay_factor: float = _setting(0.1, "step: what a decay multiplies the learning rate by")
+    decay_share: float = _setting(0.2, "wsd: the part of the steps that the decay takes")
     weight_decay: float = _setting(0.1, "decay of the matrices")
     betas: tuple[float, float] = _setting((0.9, 0.95), "AdamW's betas", nargs=2, type=float)
     grad_clip: float = _setting(1.0, "largest norm of the gradient; 0 turns clipping off")
+    skip_spikes: float = _setting(
+        0.0,
+        "leave out steps whose loss or gradient norm is not finite, or this many standard "
+        "deviations above its recent mean (without a number: 6)",
+        nargs="?", const=6.0, type=float,
+    )  # fmt: skip
     eval_interval: int = _setting(250, "steps between evaluations and checkpoints")
     eval_batches: int = _setting(20, "batches per evaluation")
     log_interval: int = _setting(10, "steps between rows of metrics.csv")
+    keep: int = _setting(1, "checkpoints to keep: the last one, or the last so many")
     seed: int = _setting(1337, "seed of the weights, the batches and the dropout")
     loss: str = _setting(LOSSES[0], "which cross-entropy", choices=LOSSES)
     dtype: str = _setting("float32", "autocast type", choices=("float32", "bfloat16"))
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     compile: bool = _setting(False, "compile the model with torch.compile")
+    checkpoint_activations: bool = _setting(
+        False, "keep each block's input alone for the backward pass, and compute it again there"
+    )
+    fsdp: bool = _setting(False, "share out parameters and optimiser over the processes")
+    tensor_parallel: bool = _setting(
+        False, "share out the token embedding and output layer by vocabulary"
+    )
     threads: int = _setting(0, "CPU threads; 0 leaves torch's choice")
 
     def __post_init__(self) -> None:
@@ -112,11 +133,16 @@ class TrainConfig:
             value = getattr(self, setting.name)
             if choices := setting.metadata.get("choices"):
                 _check(value in choices, setting.name, f"one of {', '.join(choices)}", value)
-        counts = "vocab_size batch_size grad_accum eval_interval eval_batches log_interval"
+        counts = "vocab_size batch_size grad_accum eval_interval eval_batches log_interval keep"
         for name in counts.split():
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("steps", "warmup", "weight_decay", "grad_clip", "threads", "seed"):
+        others = "steps warmup weight_decay grad_clip skip_spikes threads seed"
+        for name in others.split():
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _check(0 < self.decay_factor <= 1, "decay_factor", "in (0, 1]", self.decay_factor)
+        _check(0 <= self.decay_share <= 1, "decay_share", "in [0, 1]", self.decay_share)
+        if self.decay_every is not None:
+            _check(self.decay_every >= 1, "decay_every", "at least 1", self.decay_every)
         _check(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
         _check(self.lr > 0, "lr", "above 0", self.lr)
         _check(0 <= self.last_lr <= self.lr, "min_lr", f"in [0, lr={self.lr}]", self.min_lr)
@@ -131,6 +157,11 @@ class TrainConfig:
     def last_lr(self) -> float:
         """The learning rate at the end of the schedule."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    @property
+    def steps_to_decay(self) -> int:
+        """Steps between decays of the schedule "step"."""
+        return self.decay_every or max(self.steps // 3, 1)
 
     @property
     def context(self) -> int:

@@ -178,13 +178,18 @@ def _groups(texts: Sequence[str], characters: int = 2**16, pieces: int = 64) -> 
 
 
 def random_batch(
-    tokens: TokenArray, batch_size: int, context: int, key: Sequence[int]
+    tokens: TokenArray,
+    batch_size: int,
+    context: int,
+    key: Sequence[int],
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets, each (batch_size, context) int64: y[:, t] is what follows x[:, t].
 
     The places are drawn at random by a generator made from `key` alone: batch 1000 can be made
-    without the 999 before it, so a resumed run sees the batches that it would have seen. Raises
-    UsageError if there are too few tokens for one piece.
+    without the 999 before it, so a resumed run sees the batches that it would have seen. `part`
+    (i, n) is the i-th of n equal parts of the batch, (batch_size / n, context). Raises UsageError
+    if there are too few tokens for one piece.
     """
     if len(tokens) <= context:
         raise UsageError(
@@ -192,6 +197,8 @@ def random_batch(
             f"{context + 1}; give more text (--data) or a smaller --block-size"
         )
     starts = np.random.default_rng(list(key)).integers(len(tokens) - context, size=batch_size)
+    rows_here = batch_size // part[1]
+    starts = starts[part[0] * rows_here :][:rows_here]
     rows = np.stack([tokens[i : i + context + 1] for i in starts]).astype(np.int64)  # (B, T + 1)
     pieces = torch.from_numpy(rows)
     return pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()

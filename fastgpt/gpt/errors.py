@@ -28,7 +28,9 @@ def run_command(main: Callable[[], int]) -> None:
             # Python flushes stdout once more at exit; let that go nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        print(f"error: {error}", file=sys.stderr)
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        who = f"rank {os.environ.get('RANK')}: " if several else ""
+        print(f"error: {who}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

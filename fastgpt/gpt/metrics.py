@@ -4,6 +4,7 @@ import csv
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from fastgpt.files import atomic_path
 
@@ -22,6 +23,8 @@ class Row:
     grad_norm: float | None  # before clipping, the mean since the last row
     tokens_per_s: float | None  # since the last row
     seconds: float  # of training, over all sessions
+    mfu: float | None = None  # since the last row, of the peak of all GPUs; None if unknown
+    skipped: int = 0  # steps left out as spikes, in all
 
 
 class MetricsFile:
@@ -50,16 +53,26 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics.csv; a last line that a crash cut short is left out."""
-    names = [field.name for field in fields(Row)]
+    """The rows of a metrics.csv; a last line that a crash cut short is left out.
+
+    A column that the file does not have, being older than it, is as if nothing was measured.
+    """
     rows = []
     with path.open(newline="") as file:
-        for record in csv.DictReader(file):
-            if any(record.get(name) is None for name in names):
+        reader = csv.DictReader(file)
+        names = [field.name for field in fields(Row) if field.name in (reader.fieldnames or ())]
+        for record in reader:
+            if any(record[name] is None for name in names):
                 continue
-            values = {name: float(record[name]) if record[name] else None for name in names[2:]}
-            rows.append(Row(int(record["step"]), int(record["tokens"]), **values))  # type: ignore[arg-type]
+            values = {name: _number(name, record[name]) for name in names}
+            rows.append(Row(**values))
     return rows
+
+
+def _number(column: str, text: str) -> Any:
+    if column in ("step", "tokens", "skipped"):
+        return int(text)
+    return float(text) if text else None
 
 
 def draw_loss(path: Path, rows: list[Row], vocab_size: int, bigram: float | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fastgpt
 
@@ -81,8 +82,17 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
+        self.recompute = False  # keep nothing but the input for the backward pass
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(
+                self._forward, x, cache,
+                use_reentrant=False, context_fn=fastgpt.checkpoint_context_fn,
+            )  # fmt: skip
+        return self._forward(x, cache)
+
+    def _forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -167,6 +177,16 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, CausalSelfAttention):
                 module.attention = attention
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Have a backward pass compute each block's activations again, instead of keeping them.
+
+        A third more arithmetic, for the memory of one block's activations rather than of all. The
+        gradients are the same, bit for bit, with dropout too.
+        """
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = enabled
 
     @torch.no_grad()
     def init_weights(self) -> None:

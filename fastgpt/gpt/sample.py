@@ -16,11 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 from .cache import KeyValueCache
 from .checkpoint import load_checkpoint, restore_model
 from .config import GPTConfig
+from .device import pick_device
 from .errors import CheckpointError, UsageError, run_command
+from .folder import load_tokenizer
 from .model import GPT
 from .pretrained import read_stop_tokens, read_tokenizer
 from .tokenizer import StreamDecoder, Tokenizer
-from .train import load_tokenizer, pick_device
 
 Prompts = TypeVar("Prompts", Tensor, list[Tensor])  # (B, T), or B prompts, each (its length,)
 Generators = (
