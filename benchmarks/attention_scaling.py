@@ -19,6 +19,7 @@ from benchmarks.report import machine, write_atomically
 from benchmarks.roofline import MemoryFloor
 from benchmarks.scaling import Call, interleaved
 from fastgpt.backends import native
+from fastgpt.extras import require
 
 DOCS = Path(__file__).parent.parent / "docs"
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -237,9 +238,8 @@ def lengths(dtype: torch.dtype, seconds: float) -> Rates:
 
 
 def draw(found: dict[str, Rates], where: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure_class = require("matplotlib.figure").Figure
+    figure = figure_class(figsize=(9, 4), layout="constrained")
     for axes, (dtype, rates) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
         for name, row in rates.items():
             ours, peak = name.startswith("ours"), name == "multiply-adds"
@@ -280,6 +280,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=6.0, help="for each comparison (6)")
     seconds = parser.parse_args().seconds
+    require("matplotlib.figure")  # now rather than after the measurement
     where = machine()
     torch.manual_seed(0)
     tables = {

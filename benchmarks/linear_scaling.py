@@ -20,6 +20,7 @@ from benchmarks.report import machine, write_atomically
 from benchmarks.scaling import Call, interleaved
 from benchmarks.shapes import LinearCrossEntropyShape
 from fastgpt.backends import native
+from fastgpt.extras import require
 
 DOCS = Path(__file__).parent.parent / "docs"
 TYPES = (torch.float32, torch.bfloat16)
@@ -171,9 +172,8 @@ def rows_table(found: list[list[Measured]], of: dict[str, Function]) -> list[str
 
 
 def draw(found: list[list[Measured]], where: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 7), layout="constrained")
+    figure_class = require("matplotlib.figure").Figure
+    figure = figure_class(figsize=(9, 7), layout="constrained")
     colours = {OURS: "#2a7f3f", RECOMPUTE: "#55a868", EAGER: "#c44e52", CHUNKED: "#4c72b0"}
     grid = figure.subplots(2, len(found), squeeze=False)
     for of_type, (rates, memory) in zip(found, grid.T, strict=True):
@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=ROWS[-1], help="rows of the largest (4096)")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder for the page and the chart")
     arguments = parser.parse_args()
+    require("matplotlib.figure")  # now rather than after the measurement
     seconds, most = arguments.seconds, arguments.most
     where = machine()
     of = functions()

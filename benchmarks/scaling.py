@@ -20,6 +20,7 @@ import fastgpt
 from benchmarks.report import machine, write_atomically
 from benchmarks.roofline import MemoryFloor
 from fastgpt.backends import native
+from fastgpt.extras import require
 
 DOCS = Path(__file__).parent.parent / "docs"
 Call = Callable[[], Any]
@@ -140,9 +141,8 @@ def scaling(most: float, seconds: float) -> dict[str, dict[int, float]]:
 
 
 def draw(found: dict[str, dict[int, float]], where: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure_class = require("matplotlib.figure").Figure
+    figure = figure_class(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = {"fastgpt": "#2a7f3f", "torch eager": "#c44e52", "torch.compile": "#4c72b0"}
     for name, row in found.items():
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--most", type=float, default=1e9, help="logits of the largest size (1e9)")
     parser.add_argument("--seconds", type=float, default=15.0, help="for each comparison (15)")
     arguments = parser.parse_args()
+    require("matplotlib.figure")  # now rather than after the measurement
     where = machine()
     torch.manual_seed(0)
     options = options_table(arguments.seconds)

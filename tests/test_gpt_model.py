@@ -377,5 +377,5 @@ run_command(lambda: train.main([]))
     )
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: this part of fastgpt.gpt needs the library 'safetensors'")
+    assert line.startswith("error: this part of fastgpt needs the library 'safetensors'")
     assert line.endswith("pip install 'fastgpt[gpt]'")

@@ -3,45 +3,19 @@
 import os
 import sys
 from collections.abc import Callable
-from importlib import import_module
-from typing import Any
+
+# Those of the whole package, for the modules here.
+from fastgpt.extras import LazyModule as LazyModule
+from fastgpt.extras import MissingExtraError as MissingExtraError
+from fastgpt.extras import require as require
 
 
 class UsageError(ValueError):
     """A setting or an input that can't work; the message gives the value and what was expected."""
 
 
-class MissingExtraError(ImportError):
-    """A third-party library of the extra `gpt` is not installed."""
-
-
 class CheckpointError(RuntimeError):
     """A checkpoint that can't be read or does not fit; the message names the file."""
-
-
-def require(name: str) -> Any:
-    """Import a module of the extra `gpt`, or raise MissingExtraError saying how to get it."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        library = name.partition(".")[0]
-        if error.name is None or error.name.partition(".")[0] != library:
-            raise  # the library is there and something it needs is not: say that instead
-        raise MissingExtraError(
-            f"this part of fastgpt.gpt needs the library {library!r}, which is not installed; "
-            "get it with: pip install 'fastgpt[gpt]'",
-            name=error.name,
-        ) from error
-
-
-class LazyModule:
-    """Stands for a module of the extra `gpt` and imports it at the first use, as `require` does."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(require(self._name), attribute)
 
 
 def run_command(main: Callable[[], int]) -> None:
