@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ from fastgpt.integrations.transformers.outputs import (
     CrossCausalLMOutput,
     HeadLogits,
 )
+from fastgpt.integrations.transformers.packing import separated
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -187,7 +188,11 @@ class _Forward:
         self.loss_type = model.loss_type
         # One that another library put into the instance already.
         self.previous: Callable[..., Any] | None = vars(model).get("forward")
-        self.parameters = tuple(signature(model.forward).parameters)
+        self.parameters = tuple(
+            name
+            for name, parameter in signature(model.forward).parameters.items()
+            if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
+        )
         self.defers_logits = (
             not keep_logits
             and self.previous is None
@@ -221,17 +226,22 @@ class _Forward:
         return self.previous or type(self.model).forward.__get__(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.active:
-            if kwargs.get("output_attentions") or getattr(
-                self.model.config, "output_attentions", False
-            ):
+        names = self.parameters[: len(args)]
+        if not self.active or len(names) < len(args) or any(name in kwargs for name in names):
+            return self.__wrapped__(*args, **kwargs)
+        config = self.model.config
+        kwargs = {**dict(zip(names, args, strict=True)), **kwargs}
+        if config._attn_implementation == attention.NAME:
+            if kwargs.get("output_attentions") or config.output_attentions:
                 raise ValueError(
                     "output_attentions=True: fastgpt's attention never has the weights; unpatch the"
                     ' model and use attn_implementation="eager"'
                 )
-            if self._needs_no_logits(kwargs):
-                return self._without_logits(*args, **kwargs)
-        return self.__wrapped__(*args, **kwargs)
+            if self.model.base_model is self.model:
+                kwargs = separated(kwargs, self.model.training)
+        if self._needs_no_logits(kwargs):
+            return self._without_logits(**kwargs)
+        return self.__wrapped__(**kwargs)
 
     def _needs_no_logits(self, kwargs: dict[str, Any]) -> bool:
         model, labels, keep = self.model, kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
@@ -248,9 +258,8 @@ class _Forward:
             and _is_plain(model.lm_head)
         )
 
-    def _without_logits(self, *args: Any, **kwargs: Any) -> Any:
+    def _without_logits(self, **kwargs: Any) -> Any:
         model, head = self.model, self.model.lm_head
-        kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         labels = kwargs.pop("labels")
         kwargs.pop("logits_to_keep", None)
         kwargs.pop("return_dict", None)
