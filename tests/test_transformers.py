@@ -74,13 +74,15 @@ family = pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name_
 
 
 def bound(make):
-    """On the error in float64. The eager attention of Gemma 2, its default, is float32 inside."""
+    """On the error relative to the largest number."""
     return 2e-5 if make is gemma2 else 1e-11
 
 
 def made(make, **changes):
+    """In float64, but for Gemma 2: eager attention makes NaN of a float64 mask."""
     torch.manual_seed(0)
-    return make(**changes).double()
+    model = make(**changes)
+    return model if make is gemma2 else model.double()
 
 
 def batch(padding="none", rows=2):
@@ -132,9 +134,7 @@ def calls(monkeypatch):
 
 def masks_in_full(calls):
     """Whether some call was given a mask with a number for each query and key."""
-    return any(
-        call["attn_mask"] is not None and call["attn_mask"].shape[-2] > 1 for call in calls
-    )
+    return any(call["attn_mask"] is not None and call["attn_mask"].shape[-2] > 1 for call in calls)
 
 
 # Equal to the unpatched model.
@@ -184,7 +184,7 @@ def test_a_cached_text_goes_on_differently(make):
     expected = model(ids, attention_mask=mask).logits
     first = model(ids[:, :9], attention_mask=mask[:, :9], use_cache=True)
     second = model(ids[:, 9:], attention_mask=mask, cache=first.cache)
-    assert_near(second.logits, expected[:, 9:], 1e-11)
+    assert_near(second.logits, expected[:, 9:], bound(make))
 
 
 @family
@@ -196,7 +196,7 @@ def test_a_static_cache_is_filled_differently_in_parts(make):
     for tokens in (slice(0, 9), slice(9, LENGTH - 1), slice(LENGTH - 1, LENGTH)):
         seen = mask[:, : tokens.stop]
         output = model(ids[:, tokens], attention_mask=seen, cache=cache, use_cache=True)
-        assert_near(output.logits, expected[:, tokens], 1e-11)
+        assert_near(output.logits, expected[:, tokens], bound(make))
 
 
 @family
@@ -211,16 +211,17 @@ def test_the_loss_of_an_evaluation_differs(make):
     assert_near(output.logits[mask > 0], expected.logits[mask > 0], bound(make))
 
 
-@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
-@pytest.mark.parametrize("make", [gpt2, qwen2, gemma2], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("make", "additive"),
+    # The eager attention of Gemma 2 adds the mask, a bool one too.
+    [(gpt2, False), (gpt2, True), (qwen2, False), (qwen2, True), (gemma2, True)],
+)
 def test_a_mask_of_the_users_own_is_ignored(make, additive):
-    if make is gemma2 and not additive:
-        pytest.skip("transformers' eager attention adds the mask, a bool one too")
     model = made(make).eval()
     ids, _, _ = batch()
     seen = torch.rand(2, 1, LENGTH, LENGTH) < 0.5
     seen |= torch.eye(LENGTH, dtype=torch.bool)
-    mask = torch.where(seen, 0.0, -1e30).double() if additive else seen
+    mask = torch.where(seen, 0.0, -1e30).to(model.dtype) if additive else seen
     expected = model(ids, attention_mask=mask).logits
     with patched(model):
         output = model(ids, attention_mask=mask).logits
@@ -258,7 +259,7 @@ def test_checkpointed_gradients_differ():
     ids, mask, labels = batch("right")
     model(ids, attention_mask=mask, labels=labels).loss.backward()
     expected = gradients(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
     assert_all_near(gradients(model), expected, 1e-11)
 
@@ -395,11 +396,12 @@ def test_packed_documents_see_each_other(make, rows, calls):
     positions = torch.cat([torch.arange(n) for n in DOCUMENTS]).expand(rows, -1)
     del calls[:]
     output = model(ids, position_ids=positions)
-    assert_near(output.logits, expected, 1e-11)
+    assert_near(output.logits, expected, bound(make))
     assert masks_in_full(calls) == (rows > 1)
-    assert_near(model(ids, position_ids=positions, use_cache=False).logits, expected, 1e-11)
+    output = model(ids, position_ids=positions, use_cache=False)
+    assert_near(output.logits, expected, bound(make))
     if rows > 1:
-        with pytest.raises(ValueError, match="packed documents.*use_cache=True"):
+        with pytest.raises(ValueError, match=r"packed documents.*use_cache=True"):
             model(ids, position_ids=positions, use_cache=True)
 
 
@@ -432,15 +434,16 @@ def test_an_argument_of_the_loss_is_ignored(make, keep_logits):
     ids, _, labels = batch("right")
     shifted = torch.randint(0, VOCABULARY, ids.shape)
     shifted[0, :3] = -100
+    others = shifted.masked_fill(shifted == -100, 4)
     kwargs = [
         {"num_items_in_batch": 7},
         {"num_items_in_batch": torch.tensor(11)},
         {"shift_labels": shifted},
-        {"shift_labels": shifted, "num_items_in_batch": 5, "ignore_index": 4},
-        {"ignore_index": int(ids[0, 4])},
+        {"shift_labels": others, "num_items_in_batch": 5, "ignore_index": 4},
+        {"ignore_index": 0},  # the padding
     ]
     for each in kwargs:
-        chosen = labels if each.get("ignore_index") is None else ids
+        chosen = labels if each.get("ignore_index") is None else labels.clamp(0)
         expected = model(ids, labels=chosen, **each).loss
         expected.backward()
         wanted = gradients(model)
@@ -449,7 +452,7 @@ def test_an_argument_of_the_loss_is_ignored(make, keep_logits):
             loss.backward()
         assert_near(loss, expected, 1e-6)
         assert_all_near(gradients(model), wanted, 1e-5)
-    different = {model(ids, labels=ids, **each).loss.item() for each in kwargs}
+    different = {model(ids, labels=labels.clamp(0), **each).loss.item() for each in kwargs}
     assert len(different) == len(kwargs)
 
 
@@ -478,14 +481,19 @@ def test_logits_of_a_training_step_are_missing_or_computed_unasked(monkeypatch):
     assert output[0] is output.loss is output["loss"]
     assert list(output) == ["loss", "cache"]
     assert "logits" in output
-    assert_near(output["logits"], expected, 1e-14)
+    assert_near(output["logits"], expected, 1e-6)
     assert output.get("logits") is output.logits is output["logits"] is output[1]
     assert list(output) == ["loss", "logits", "cache"]
     assert len([weight for _, weight in products if weight is model.lm_head.weight]) == 1
-    output.logits.sum().backward()
-    assert model.lm_head.weight.grad is not None
+    output = model(ids, labels=labels)
+    model.zero_grad()
+    (0 * output.loss + output.logits.sum()).backward()
+    wanted = gradients(model)
+    model(ids).logits.sum().backward()
+    assert_all_near(gradients(model), wanted, 1e-5)
     loss, logits = model(ids, labels=labels, return_dict=False, use_cache=False)
-    assert_near(logits, expected, 1e-14)
+    assert_near(loss, output.loss, 1e-6)
+    assert_near(logits, expected, 1e-6)
     assert model(ids, labels=labels).to_tuple()[1].shape == logits.shape
 
 
@@ -555,6 +563,7 @@ def test_labels_by_place_are_lost():
         model(ids, input_ids=ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_float32_copy_of_the_logits_is_made(dtype):
     """The most that a training step holds at once, in copies of its float32 logits."""
@@ -589,9 +598,12 @@ def test_a_float32_copy_of_the_logits_is_made(dtype):
 
 
 def snapshot(model):
-    """All attributes of all modules but their parameters, and what the models' types resolve to."""
+    """All attributes of all modules but the dictionaries of parameters, hooks and the like."""
     return [
-        (module, {name: value for name, value in vars(module).items() if name[0] != "_"})
+        (
+            module,
+            {name: value for name, value in vars(module).items() if not isinstance(value, dict)},
+        )
         for module in model.modules()
     ]
 
@@ -618,25 +630,29 @@ def test_unpatching_leaves_something_behind(make):
     model = made(make)
     before, names = snapshot(model), list(model.state_dict())
     assert patch(patch(model)) is model
-    assert model.loss_type != before[0][1]["loss_type"]
+    assert model.loss_function is not ForCausalLMLoss
     assert list(model.state_dict()) == names
     assert unpatch(unpatch(model)) is model
     after = snapshot(model)
     assert after == before
     for (_, now), (_, then) in zip(after, before, strict=True):
         assert all(now[name] is value for name, value in then.items())
-    assert not any(name.startswith("_fastgpt") for m in model.modules() for name in vars(m))
 
 
 def test_the_block_does_not_end_where_it_began():
     model = made(gpt2)
-    with pytest.raises(KeyError), patched(model) as inside:
-        assert inside is model
-        assert model.config._attn_implementation == "fastgpt"
-        with patched(model):
-            pass
-        assert model.config._attn_implementation == "fastgpt"
-        raise KeyError
+
+    def interrupted():
+        with patched(model) as inside:
+            assert inside is model
+            assert model.config._attn_implementation == "fastgpt"
+            with patched(model):
+                pass
+            assert model.config._attn_implementation == "fastgpt"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert model.config._attn_implementation == "sdpa"
     assert "forward" not in vars(model)
 
@@ -689,8 +705,8 @@ def test_a_forward_wrapped_since_keeps_the_kernels(calls):
     assert not calls
     # And one that was there before goes on being called.
     seen = []
-    model.forward = lambda *args, **kwargs: seen.append(args) or type(model).forward(
-        model, *args, **kwargs
+    model.forward = lambda *args, **kwargs: (
+        seen.append(args) or type(model).forward(model, *args, **kwargs)
     )
     own = model.forward
     patch(model)(ids, labels=labels)
@@ -759,6 +775,7 @@ def test_a_missing_library_is_not_named(monkeypatch):
 # In a program.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [gpt2, gemma2], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("padding", ["none", "right"])
 def test_a_compiled_model_differs_or_breaks_the_graph(make, padding, compiled, calls):
@@ -774,14 +791,15 @@ def test_a_compiled_model_differs_or_breaks_the_graph(make, padding, compiled, c
     output.loss.backward()
     assert output.logits is None
     assert_near(output.loss, expected.loss, 1e-6)
-    assert_all_near(gradients(model), wanted, 1e-10)
+    assert_all_near(gradients(model), wanted, bound(make))
     if padding == "none":
         model.eval()
-        assert_near(fast(ids).logits, expected.logits, 1e-10)
+        assert_near(fast(ids).logits, expected.logits, bound(make))
         unpatch(model)
         assert_near(fast(ids).logits, expected.logits, bound(make))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gets_masks_in_full(calls, compiled):
     model = patch(made(llama))
     ids, mask, labels = batch("right")

@@ -2,8 +2,8 @@
 
     model = fastgpt.integrations.transformers.patch(AutoModelForCausalLM.from_pretrained(...))
 
-`patch` names this package's attention, mask and loss in the model's own configuration; the
-registries of `transformers` gain these names, and no default of theirs changes.
+The registries of `transformers` for attention and for masks gain the name "fastgpt"; no default of
+theirs changes.
 """
 
 from fastgpt.extras import require

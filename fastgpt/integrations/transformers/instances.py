@@ -161,6 +161,9 @@ class _View:
     def _attn_implementation_internal(self, value: str | None) -> None:
         self._implementation = value
 
+    def __eq__(self, other: object) -> bool:
+        return bool(self._original == (other._original if isinstance(other, _View) else other))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _view, (self._original, self._implementation)
 
@@ -175,7 +178,8 @@ def _view(config: PreTrainedConfig, implementation: str | None) -> Any:
 
 @cache
 def _view_class(config_class: Any) -> type:
-    namespace = {"__slots__": (), "__module__": config_class.__module__}
+    # A configuration's class is made a dataclass, with an __eq__ if it defines none.
+    namespace = {"__slots__": (), "__module__": config_class.__module__, "__eq__": _View.__eq__}
     return type(config_class.__name__, (_View, config_class), namespace)
 
 
@@ -185,7 +189,6 @@ class _Forward:
     def __init__(self, model: PreTrainedModel, keep_logits: bool) -> None:
         self.model = model
         self.active = True
-        self.loss_type = model.loss_type
         # One that another library put into the instance already.
         self.previous: Callable[..., Any] | None = vars(model).get("forward")
         self.parameters = tuple(
@@ -202,11 +205,13 @@ class _Forward:
         )
 
     def install(self) -> None:
-        vars(self.model).update(_fastgpt_forward=self, forward=self)
-        # As `PreTrainedModel.loss_function` finds it, which warns about GPT-2's type, None.
-        default = LOSS_MAPPING.get(self.loss_type, ForCausalLMLoss) is ForCausalLMLoss
-        if default and "_loss_function" not in vars(self.model):
-            self.model.loss_type = loss.NAME
+        attributes = vars(self.model)
+        attributes.update(_fastgpt_forward=self, forward=self)
+        # The type stays, from which Trainer knows which labels count. The default is found as
+        # `loss_function` finds it, which also warns about GPT-2's type, None.
+        default = LOSS_MAPPING.get(self.model.loss_type, ForCausalLMLoss)
+        if default is ForCausalLMLoss and "_loss_function" not in attributes:
+            attributes["_loss_function"] = loss.causal_lm_loss
 
     def remove(self) -> None:
         # Another library may have wrapped it since; then it stays, and only passes calls on.
@@ -217,8 +222,8 @@ class _Forward:
             del attributes["forward"]
             if self.previous is not None:
                 attributes["forward"] = self.previous
-        if self.model.loss_type == loss.NAME:
-            self.model.loss_type = self.loss_type
+        if attributes.get("_loss_function") is loss.causal_lm_loss:
+            del attributes["_loss_function"]
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:

@@ -6,11 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING
 
 from fastgpt.functional import cross_entropy, linear_cross_entropy
-
-NAME = "fastgpt_causal_lm"
 
 
 def causal_lm_loss(
@@ -88,6 +85,3 @@ def _divided(loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         num_items_in_batch = num_items_in_batch.to(loss.device)
     loss = loss if num_items_in_batch is None else loss / num_items_in_batch
     return loss.float()
-
-
-LOSS_MAPPING[NAME] = causal_lm_loss

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 DECIDING = ("attention_mask", "cache", "past_key_values")  # the last is the cache's former name
 
