@@ -99,25 +99,31 @@ def attention(
 
 def mask(
     batch_size: int,
-    q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
-    device: torch.device | str = "cpu",
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """What the attention needs to be told beside causality and a window.
 
     Query i stands at position q_offset + i of the sequence, key j at kv_offset + j;
-    `attention_mask` (B, positions) is False for those that are padding. The other arguments are
-    those of `transformers.masking_utils.sdpa_mask`, which makes the 4-D masks.
+    `attention_mask` (B, positions) is False for those that are padding. The arguments, q_length and
+    q_offset among the others, are those of `transformers.masking_utils.sdpa_mask`, which makes the
+    4-D masks. The first versions of `transformers` 5 pass the queries' positions instead, as
+    cache_position.
     """
+    positions = kwargs.get("cache_position")
+    if positions is None:
+        q_length, q_offset, device = kwargs["q_length"], kwargs["q_offset"], kwargs["device"]
+    else:
+        q_length, q_offset, device = positions.shape[0], positions[0], positions.device
+
     if mask_function is bidirectional_mask_function:
         seen = _padding(attention_mask, kv_offset, kv_length)
         if seen is None:
@@ -140,16 +146,14 @@ def mask(
                 return seen
     return sdpa_mask(
         batch_size=batch_size,
-        q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type]
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,
         allow_is_causal_skip=False,
         use_vmap=use_vmap,
-        device=device,
+        **kwargs,
     )
 
 
