@@ -49,6 +49,11 @@ def llama(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes}))
 
 
+def mistral(**changes):
+    config = transformers.MistralConfig(**{**SIZES, "sliding_window": WINDOW, **changes})
+    return transformers.MistralForCausalLM(config)
+
+
 def qwen2(**changes):
     config = {**SIZES, **LAYERS, "use_sliding_window": True, **changes}
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config))
@@ -69,7 +74,7 @@ def gemma3(**changes):
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**config))
 
 
-FAMILIES = [gpt2, llama, qwen2, qwen3, gemma2, gemma3]
+FAMILIES = [gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3]
 family = pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
 
 
@@ -318,8 +323,8 @@ def test_the_kernels_are_not_called_or_get_masks_in_full(make, calls):
         assert call["attn_mask"].shape == (2, 1, 1, LENGTH)
         assert torch.equal(call["attn_mask"][:, 0, 0], mask > 0)
         assert call["is_causal"]
-    window = (WINDOW - 1, 0) if make in (qwen2, gemma2, gemma3) else None
-    assert [call["window"] for call in calls] == [window, None]
+    window = (WINDOW - 1, 0) if make not in (gpt2, llama, qwen3) else None
+    assert [call["window"] for call in calls] == [window, window if make is mistral else None]
     assert {call["softcap"] for call in calls} == {3.0 if make is gemma2 else None}
     assert {call["enable_gqa"] for call in calls} == {make is not gpt2}
 

@@ -17,6 +17,8 @@ from transformers import (
     GPT2PreTrainedModel,
     LlamaForCausalLM,
     LlamaPreTrainedModel,
+    MistralForCausalLM,
+    MistralPreTrainedModel,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
@@ -40,17 +42,19 @@ M = TypeVar("M", bound=nn.Module)
 SUPPORTED = (
     GPT2PreTrainedModel,
     LlamaPreTrainedModel,
+    MistralPreTrainedModel,
     Qwen2PreTrainedModel,
     Qwen3PreTrainedModel,
     Gemma2PreTrainedModel,
     Gemma3PreTrainedModel,
 )
-NAMES = "GPT-2, Llama, Qwen 2 and 3, or Gemma 2 and 3 (text)"
+NAMES = "GPT-2, Llama, Mistral, Qwen 2 or 3, or Gemma 2 or 3 (text)"
 
 # The causal language models whose forward is: hidden states, head, softcap, loss.
 HEADS: tuple[type[PreTrainedModel], ...] = (
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    MistralForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
     Gemma2ForCausalLM,
@@ -68,9 +72,9 @@ def patch(model: M, *, keep_logits: bool = False) -> M:
     all other models, those made from the same configuration object included.
 
     Args:
-        model: a model of GPT-2, Llama, Qwen 2 or 3, or Gemma 2 or 3 (text), with or without a head,
-            or a module that holds such models, like a PEFT model. A model that is patched already
-            stays as it is.
+        model: a model of GPT-2, Llama, Mistral, Qwen 2 or 3, or Gemma 2 or 3 (text), with or
+            without a head, or a module that holds such models, like a PEFT model. A model that is
+            patched already stays as it is.
         keep_logits: in training, too, compute the logits with the loss. Without it the output of a
             training step with labels computes them if its `logits` are read, which has to be before
             the weights change; compiled, it has none, and `logits` is None. They are always

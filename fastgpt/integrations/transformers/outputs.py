@@ -19,7 +19,7 @@ class DeferredLogits:
     @property
     def logits(self) -> Tensor | None:
         if vars(self).get("logits") is None and self._compute is not None:
-            self.logits = self._compute()
+            self["logits"] = self._compute()  # type: ignore[index]
             for name in tuple(self.keys()):  # type: ignore[attr-defined]
                 if name not in ("loss", "logits"):
                     self.move_to_end(name)  # type: ignore[attr-defined]
