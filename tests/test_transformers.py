@@ -3,8 +3,11 @@
 import copy
 import gc
 import pickle
+import re
 import sys
+from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -720,6 +723,58 @@ def test_a_forward_wrapped_since_keeps_the_kernels(calls):
     assert unpatch(model).forward is own
 
 
+def test_accelerate_loses_the_kernels_or_the_way_back():
+    torch.manual_seed(0)
+    model = patch(llama())
+    ids, _, labels = batch()
+    expected = model(ids, labels=labels).loss
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(model)
+    output = prepared(ids, labels=labels)
+    assert output.logits is None  # as documented: Accelerate copies the items that there are
+    assert_near(output.loss, expected, 0.02)
+    assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is model
+    assert_near(model(ids, labels=labels).loss, expected, 1e-6)
+    assert model(ids, labels=labels).logits is not None
+    unpatch(model)
+    assert "forward" not in vars(model)
+
+
+def test_ddp_loses_a_gradient(one_rank):
+    ids, mask, labels = batch("right")
+    for static_graph in (False, True):
+        model = patch(made(gpt2))
+        model(ids, attention_mask=mask, labels=labels).loss.backward()
+        expected = gradients(model)
+        parallel = nn.parallel.DistributedDataParallel(model, static_graph=static_graph)
+        parallel(ids, attention_mask=mask, labels=labels).loss.backward()
+        assert_all_near(gradients(model), expected, 1e-12)
+        assert unpatch(parallel).module.config._attn_implementation == "sdpa"
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
+def test_a_classifier_differs(name, calls):
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(llama().config).double().eval()  # or its dropout draws
+    ids, mask, _ = batch("right")
+    labels = torch.tensor([0, 1]) if "Sequence" in name else ids % 2
+    expected = model(ids, attention_mask=mask, labels=labels)
+    assert not calls
+    output = patch(model)(ids, attention_mask=mask, labels=labels)
+    assert len(calls) == 2
+    assert_near(output.loss, expected.loss, 1e-6)
+    chosen = mask > 0 if "Token" in name else ...
+    assert_near(output.logits[chosen], expected.logits[chosen], 1e-11)
+
+
 def test_a_model_without_a_head_is_refused(calls):
     model = made(llama).model
     ids, _, _ = batch()
@@ -868,3 +923,13 @@ def test_trainer_learns_differently(make, keep_logits, tmp_path, calls):
     assert len(calls) == 2 * 2 * 3
     assert found == pytest.approx(expected, rel=1e-4)
     assert found[0] != found[1] != found[2]
+
+
+def test_the_documented_recipe_fails():
+    text = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(compile(code, "docs/transformers.md", "exec"), names)
+    assert names["text"].shape == (2, 40)
+    assert names["model"].lm_head.weight.grad.abs().max() > 0
+    assert names["model"].config is names["config"]

@@ -222,7 +222,8 @@ class _Forward:
         self.active = False
         attributes = vars(self.model)
         del attributes["_fastgpt_forward"]
-        if attributes["forward"] is self:
+        forward = attributes.get("forward")
+        if self in (forward, getattr(forward, "__func__", None)):
             del attributes["forward"]
             if self.previous is not None:
                 attributes["forward"] = self.previous
@@ -235,6 +236,8 @@ class _Forward:
         return self.previous or type(self.model).forward.__get__(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:  # bound to it, by Accelerate's unwrap_model
+            args = args[1:]
         names = self.parameters[: len(args)]
         if not self.active or len(names) < len(args) or any(name in kwargs for name in names):
             return self.__wrapped__(*args, **kwargs)
