@@ -524,6 +524,9 @@ def test_logits_are_those_of_later_weights():
 
 
 def test_a_head_that_is_more_than_its_weight_is_bypassed():
+    class Marked(torch.Tensor):
+        """As a quantised or a distributed weight."""
+
     class Adapted(nn.Linear):
         def forward(self, x):
             return super().forward(x) + x.sum(-1, keepdim=True)
@@ -533,7 +536,9 @@ def test_a_head_that_is_more_than_its_weight_is_bypassed():
     adapted = Adapted(32, VOCABULARY, bias=False).double()
     hooked = made(llama)
     hooked.lm_head.register_forward_hook(lambda head, args, output: 2 * output)
-    for each in (model, hooked):
+    marked = made(llama)
+    marked.lm_head.weight = nn.Parameter(marked.lm_head.weight.detach().as_subclass(Marked))
+    for each in (model, hooked, marked):
         if each is model:
             each.lm_head = adapted
         expected = each(ids, labels=labels)
@@ -541,6 +546,7 @@ def test_a_head_that_is_more_than_its_weight_is_bypassed():
         wanted = gradients(each)
         output = patch(each)(ids, labels=labels)
         output.loss.backward()
+        assert type(output) is type(expected)
         assert_near(output.loss, expected.loss, 1e-6)
         assert_all_near(gradients(each), wanted, 1e-6)
 
@@ -663,6 +669,11 @@ def test_the_block_does_not_end_where_it_began():
         interrupted()
     assert model.config._attn_implementation == "sdpa"
     assert "forward" not in vars(model)
+    both = nn.ModuleList([patch(model), made(llama)])
+    with patched(both):
+        assert both[1].config._attn_implementation == "fastgpt"
+    assert [m.config._attn_implementation for m in both] == ["fastgpt", "sdpa"]
+    assert ["forward" in vars(m) for m in both] == [True, False]
 
 
 def test_a_change_of_the_configuration_is_undone():

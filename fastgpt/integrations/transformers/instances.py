@@ -108,25 +108,31 @@ def unpatch(model: M) -> M:
 
     A model that is not patched stays as it is.
     """
-    for m in _models(model):
-        if _is_patched(m):
-            vars(m)["_fastgpt_forward"].remove()
-    for module, name, config in _configs(model):
-        if isinstance(config, _View):
-            setattr(module, name, config._original)
+    _restore(_models(model), _configs(model))
     return model
 
 
 @contextmanager
 def patched(model: M, *, keep_logits: bool = False) -> Iterator[M]:
     """Inside `with patched(model):` it is patched, as by `patch`; then as it was before."""
-    before = [m for m in _models(model) if _is_patched(m)]
+    models = [m for m in _models(model) if not _is_patched(m)]
+    configs = [each for each in _configs(model) if not isinstance(each[-1], _View)]
     patch(model, keep_logits=keep_logits)
     try:
         yield model
     finally:
-        if not before:
-            unpatch(model)
+        _restore(models, [(module, name, getattr(module, name)) for module, name, _ in configs])
+
+
+def _restore(
+    models: list[PreTrainedModel], configs: list[tuple[nn.Module, str, PreTrainedConfig]]
+) -> None:
+    for m in models:
+        if _is_patched(m):
+            vars(m)["_fastgpt_forward"].remove()
+    for module, name, config in configs:
+        if isinstance(config, _View):
+            setattr(module, name, config._original)
 
 
 def _models(model: nn.Module) -> list[PreTrainedModel]:
@@ -294,6 +300,7 @@ def _is_plain(head: nn.Module) -> bool:
     """Whether calling the head is multiplying with its weight, and nothing else."""
     return (
         type(head) is nn.Linear
+        and type(head.weight) in (nn.Parameter, Tensor)
         and "forward" not in head.__dict__
         and not (head._forward_pre_hooks or head._forward_hooks)
         and not (head._backward_pre_hooks or head._backward_hooks)
