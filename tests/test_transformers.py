@@ -248,7 +248,7 @@ def test_a_bidirectional_model_looks_at_the_past_only():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_cross_attention_differs(padded):
+def test_cross_attention_differs_or_gets_masks_in_full(padded, calls):
     model = made(gpt2, add_cross_attention=True)
     ids, mask, labels = batch("right")
     other = torch.randn(2, 9, 32, dtype=torch.float64)
@@ -258,6 +258,8 @@ def test_cross_attention_differs(padded):
     expected = model(ids, **kwargs)
     with patched(model):
         output = model(ids, **kwargs)
+    assert [call["is_causal"] for call in calls] == [True, False] * 2
+    assert not masks_in_full(calls)
     assert_near(output.loss, expected.loss, 1e-6)
     assert_near(output.logits[mask > 0], expected.logits[mask > 0], 1e-11)
 
@@ -282,9 +284,8 @@ def test_bfloat16_autocast_is_less_exact(make):
     def error():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = model(ids, attention_mask=mask, labels=labels)
-            logits = output.logits
         assert output.loss.dtype == torch.float32
-        assert logits.dtype == expected.logits.dtype
+        assert output.logits.dtype == expected.logits.dtype
         output.loss.backward()
         found = gradients(model)
         return (output.loss - exact.loss).abs().item(), sum(
@@ -339,6 +340,31 @@ def test_an_unpadded_batch_gets_a_mask(calls):
     model.generate(ids, attention_mask=mask, max_new_tokens=3)
     assert len(calls) == 8
     assert all(call["attn_mask"] is None for call in calls)
+
+
+def test_padding_that_has_left_the_window_is_masked(calls):
+    model = patch(made(qwen2)).eval()
+    ids, mask, _ = batch("left")
+    cache = model(ids, attention_mask=mask, use_cache=True).cache
+    del calls[:]
+    mask = F.pad(mask, (0, 1), value=1)
+    model(ids[:, :1], attention_mask=mask, cache=cache)
+    sliding, full = calls
+    assert sliding["S"] == WINDOW
+    assert sliding["attn_mask"] is None
+    assert full["attn_mask"].shape == (2, 1, 1, LENGTH + 1)
+
+
+def test_a_mask_for_generation_is_taken_for_one_of_positions():
+    """Static caches make `generate` ask for the mask, and hand it back to the model."""
+    model = made(mistral).eval()
+    ids, mask, _ = batch("left")
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    settings |= {"attention_mask": mask, "cache_implementation": "static", "prefill_chunk_size": 4}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(ids, **settings)
+    output = patch(model).generate(ids, **settings)
+    assert_near(torch.stack(output.logits), torch.stack(expected.logits), 1e-11)
 
 
 def test_a_static_cache_is_read_where_it_is_empty(calls):

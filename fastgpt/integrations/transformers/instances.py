@@ -198,7 +198,6 @@ class _Forward:
 
     def __init__(self, model: PreTrainedModel, keep_logits: bool) -> None:
         self.model = model
-        self.active = True
         # One that another library put into the instance already.
         self.previous: Callable[..., Any] | None = vars(model).get("forward")
         self.parameters = tuple(
@@ -224,8 +223,8 @@ class _Forward:
             attributes["_loss_function"] = loss.causal_lm_loss
 
     def remove(self) -> None:
-        # Another library may have wrapped it since; then it stays, and only passes calls on.
-        self.active = False
+        # Another library may have wrapped it since; then it stays, and only passes calls on, as
+        # neither the configuration nor the loss is ours any more.
         attributes = vars(self.model)
         del attributes["_fastgpt_forward"]
         forward = attributes.get("forward")
@@ -245,7 +244,7 @@ class _Forward:
         if args and args[0] is self.model:  # bound to it, by Accelerate's unwrap_model
             args = args[1:]
         names = self.parameters[: len(args)]
-        if not self.active or len(names) < len(args) or any(name in kwargs for name in names):
+        if len(names) < len(args) or any(name in kwargs for name in names):
             return self.__wrapped__(*args, **kwargs)
         config = self.model.config
         kwargs = {**dict(zip(names, args, strict=True)), **kwargs}
