@@ -12,15 +12,15 @@ class UsageError(ValueError):
 
 
 class MissingExtraError(ImportError):
-    """A third-party library of the extra `gpt` is not installed."""
+    """A third-party library of an extra, such as `gpt`, is not installed."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that can't be read or does not fit; the message names the file."""
 
 
-def require(name: str) -> Any:
-    """Import a module of the extra `gpt`, or raise MissingExtraError saying how to get it."""
+def require(name: str, extra: str = "gpt") -> Any:
+    """Import a module of an extra, or raise MissingExtraError saying how to get it."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -29,7 +29,7 @@ def require(name: str) -> Any:
             raise  # the library is there and something it needs is not: say that instead
         raise MissingExtraError(
             f"this part of fastgpt.gpt needs the library {library!r}, which is not installed; "
-            "get it with: pip install 'fastgpt[gpt]'",
+            f"get it with: pip install 'fastgpt[{extra}]'",
             name=error.name,
         ) from error
 
