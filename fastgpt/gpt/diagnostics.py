@@ -7,11 +7,11 @@
             observation.gradients()  # before they are clipped, where they are
             optimizer.step()
 
-Every 100th step is looked at, by hooks that are there for that step only: in the others the model
-runs as if this file did not exist. A record is a line of diagnostics.jsonl (`Observation.record`
-says what is in it), from which `panels` draws, `findings` judges, and the report is made. Looking
-changes no number that training computes; it costs about a forward pass, and for the time of the
-step a copy of the parameters.
+The first and every 100th step are looked at, by hooks that are there for that step only: in the
+others the model runs as if this file did not exist. A record is a line of diagnostics.jsonl
+(`Observation.record` says what is in it), from which `panels` draws, `findings` judges, and the
+report is made. Looking changes no number that training computes; it costs about a forward pass, and
+for the time of the step a copy of the parameters.
 
 The ratio of update to data, and the share of saturated and of dead units, as Karpathy's "Building
 makemore" (part 3) looks at them; the update is the parameter's own change, not the learning rate
@@ -52,7 +52,8 @@ CHUNK = 1 << 22  # numbers that a histogram takes at a time
 class Diagnostics:
     """Looks at `model` in every `every`-th step of `optimizer`, and notes it in `folder`.
 
-    every: steps from one look to the next; 0 never looks, and then nothing is done or written.
+    every: steps from one look to the next, beside the first step, 1, which shows how the model was
+        initialised; 0 never looks, and then nothing is written.
     tensorboard: also write the histograms and ratios to folder/tensorboard; MissingExtraError
         without the extra `tensorboard`.
     say: called with a line for each warning (see `findings`), once, until it has been untrue.
@@ -81,8 +82,6 @@ class Diagnostics:
 
     def start(self, last_step: int | None = None) -> None:
         """Begin a new history, or continue the one in the folder after `last_step`."""
-        if not self.every:
-            return
         self.history.start(last_step)
         if self._tensorboard is not None:
             purge = None if last_step is None else last_step + 1
@@ -92,7 +91,8 @@ class Diagnostics:
 
     def observe(self, step: int) -> "AbstractContextManager[Observation | Unobserved]":
         """Around one step, the `step`-th: the forward and backward passes and optimizer.step()."""
-        return self._observe(step) if self.every and step % self.every == 0 else _UNOBSERVED
+        look = self.every and (step == 1 or step % self.every == 0)
+        return self._observe(step) if look else _UNOBSERVED
 
     @contextmanager
     def _observe(self, step: int) -> "Iterator[Observation]":
