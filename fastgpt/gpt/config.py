@@ -98,6 +98,9 @@ class TrainConfig:
     eval_interval: int = _setting(250, "steps between evaluations and checkpoints")
     eval_batches: int = _setting(20, "batches per evaluation")
     log_interval: int = _setting(10, "steps between rows of metrics.csv")
+    sample_tokens: int = _setting(100, "tokens to write at each evaluation, for samples.jsonl")
+    diagnostics: int = _setting(0, "steps between looks at layers, which take time; 0: none")
+    tensorboard: bool = _setting(False, "write what diagnostics see for TensorBoard, too")
     seed: int = _setting(1337, "seed of the weights, the batches and the dropout")
     loss: str = _setting(LOSSES[0], "which cross-entropy", choices=LOSSES)
     dtype: str = _setting("float32", "autocast type", choices=("float32", "bfloat16"))
@@ -115,7 +118,16 @@ class TrainConfig:
         counts = "vocab_size batch_size grad_accum eval_interval eval_batches log_interval"
         for name in counts.split():
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("steps", "warmup", "weight_decay", "grad_clip", "threads", "seed"):
+        for name in (
+            "steps",
+            "warmup",
+            "weight_decay",
+            "grad_clip",
+            "threads",
+            "seed",
+            "sample_tokens",
+            "diagnostics",
+        ):
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _check(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
         _check(self.lr > 0, "lr", "above 0", self.lr)

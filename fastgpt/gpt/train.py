@@ -3,8 +3,10 @@
     python -m fastgpt.gpt.train --preset small --steps 5000 --out runs/small
     python -m fastgpt.gpt.train --resume runs/small
 
-The run folder holds config.json, tokenizer.json, metrics.csv, loss.png, and two checkpoints:
-latest.safetensors, to resume from, and best.safetensors, the weights of the lowest validation loss.
+The run folder holds config.json, about.json, tokenizer.json, metrics.csv, loss.png, samples.jsonl,
+with --diagnostics what was seen of the layers, and two checkpoints: latest.safetensors, to resume
+from, and best.safetensors, the weights of the lowest validation loss. A page of it all is made by
+`python -m fastgpt.gpt.report`.
 A resumed run computes what the uninterrupted one would have, bit for bit on a CPU.
 """
 
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from fastgpt.files import atomic_path
 
+from .about import about
 from .bigram import Bigram
 from .checkpoint import (
     load_checkpoint,
@@ -38,10 +41,12 @@ from .checkpoint import (
 )
 from .config import PRESETS, TrainConfig
 from .data import Dataset, load_dataset, random_batch
+from .diagnostics import Diagnostics
 from .errors import CheckpointError, UsageError, require, run_command
 from .metrics import MetricsFile, Row, draw_loss
 from .model import GPT, loss_function
 from .optim import learning_rate, make_optimizer
+from .samples import Samples
 from .tokenizer import from_json
 
 TRAIN, VAL = 0, 1  # parts of the key that a batch is drawn with
@@ -105,10 +110,18 @@ class Trainer:
         self.interval_steps = 0
         self.interval_seconds = 0.0
         self.metrics = MetricsFile(out / "metrics.csv")
+        self.samples = Samples(out, self.data, config.sample_tokens)
+        self.diagnostics = Diagnostics(
+            self.model, self.optimizer, config.diagnostics, out,
+            tensorboard=config.tensorboard, say=lambda text: self._report.line(text),
+        )  # fmt: skip
         if resume:
             self._restore()
         out.mkdir(parents=True, exist_ok=True)
-        self.metrics.start(last_step=self.step if resume else None)
+        for history in (self.metrics, self.samples, self.diagnostics):
+            history.start(last_step=self.step if resume else None)
+        about_run = about(config, self.model, self.data, self.device, self.bigram_loss)
+        _write_json(out / "about.json", about_run)
         _write_json(out / "tokenizer.json", self.data.tokenizer.to_json())
         _write_json(out / "config.json", asdict(config))
 
@@ -155,13 +168,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
         self.model.train()
-        for micro in range(config.grad_accum):
-            loss = self._loss(TRAIN, self.step * config.grad_accum + micro) / config.grad_accum
-            loss.backward()
-            self.sums[0] += loss.detach()
-        limit = config.grad_clip or math.inf
-        self.sums[1] += torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
+        with self.diagnostics.observe(self.step + 1) as observation:
+            for micro in range(config.grad_accum):
+                loss = self._loss(TRAIN, self.step * config.grad_accum + micro) / config.grad_accum
+                loss.backward()
+                self.sums[0] += loss.detach()
+            observation.gradients()  # before they are clipped
+            limit = config.grad_clip or math.inf
+            self.sums[1] += torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.interval_steps += 1
@@ -196,6 +211,7 @@ class Trainer:
         """Write loss.png."""
         vocab_size = self.model.config.vocab_size
         draw_loss(self.out / "loss.png", self.metrics.rows, vocab_size, self.bigram_loss)
+        self.diagnostics.draw()
         self.mark = time.perf_counter()
 
     def _loss(self, split: int, index: int) -> Tensor:
@@ -235,6 +251,8 @@ class Trainer:
         )
         self.metrics.append(row)
         self._report.row(row)
+        if evaluate:
+            self.samples.write(self.model, self.step)
         self.sums.zero_()
         self.interval_steps, self.interval_seconds = 0, 0.0
         if val_loss is not None and val_loss < self.best_val:
