@@ -45,7 +45,7 @@ def png(chart: Chart, theme: Theme = LIGHT, titled: bool = False) -> bytes:
     """The chart as a PNG file that can be read on a phone; `titled` writes its title, too."""
     # No pyplot: no display, and no state that other plots share.
     figure = require("matplotlib.figure").Figure(
-        figsize=(4.6, 2.9 if chart.rows == 1 else 4.2), dpi=170, layout="constrained",
+        figsize=(4.6, 2.9 if chart.rows == 1 else 4.2), dpi=150, layout="constrained",
         facecolor=theme.paper,
     )  # fmt: skip
     rows = figure.subplots(chart.rows, squeeze=False, sharex=True)[:, 0]
@@ -57,8 +57,8 @@ def png(chart: Chart, theme: Theme = LIGHT, titled: bool = False) -> bytes:
         axes.spines[["left", "bottom"]].set_color(theme.faint)
         axes.tick_params(which="both", colors=theme.faint, labelsize=8.5)
         axes.tick_params(which="minor", length=0)
-        axes.xaxis.label.set_color(theme.text)
-        axes.yaxis.label.set_color(theme.text)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.label.set(color=theme.text, fontsize=9)
     chart.draw(rows, theme)
     if titled:
         figure.suptitle(chart.title, color=theme.text, fontsize=10.5)
