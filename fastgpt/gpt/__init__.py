@@ -5,6 +5,7 @@ Building a model needs only torch; data, training and sampling need `pip install
     python -m fastgpt.gpt.demo                       everything, in less than five minutes on a CPU
     python -m fastgpt.gpt.train --preset small       train
     python -m fastgpt.gpt.sample --run runs/...      write text with the result
+    python -m fastgpt.gpt.report --run runs/...      a page about the run, in HTML
 """
 
 from .cache import KeyValueCache

@@ -1,5 +1,8 @@
 """What a run is, beside its settings: the model, the text, the machine and its kernels."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +11,7 @@ import fastgpt
 
 from .config import GPTConfig, TrainConfig
 from .data import Dataset
+from .errors import CheckpointError
 from .model import GPT
 
 
@@ -16,6 +20,7 @@ def about(
 ) -> dict[str, Any]:
     """What about.json holds, so that a report made anywhere tells of the machine that trained."""
     return {
+        "model": asdict(model.config),
         "parameters": model.num_parameters(),
         "corpus": str(data.corpus),
         "train_tokens": len(data.train),
@@ -25,6 +30,22 @@ def about(
         "installation": str(fastgpt.info()),
         "kernels": kernels(config, model.config, device),
     }
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """What a run's about.json holds; None for a run from before there was one.
+
+    Raises CheckpointError, naming the file, if it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def kernels(config: TrainConfig, shape: GPTConfig, device: torch.device) -> list[str]:

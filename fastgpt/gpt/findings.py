@@ -132,7 +132,8 @@ def _activations(far: Callable[[float], bool], kind: str, advice: str) -> Any:
         stacks: dict[str, dict[str, float]] = {}  # the same part of each block, in order
         for name, seen in record["activations"].items():
             group = group_of(name)
-            if is_numbered(group) and seen["std"] is not None:
+            dead = seen.get("dead", 0.0) >= DEAD  # which has a finding of its own
+            if is_numbered(group) and seen["std"] is not None and not dead:
                 stacks.setdefault(name.removeprefix(group), {})[name] = seen["std"]
         layers = {}
         for stds in stacks.values():

@@ -145,9 +145,10 @@ def _gradient_histogram(records: Sequence[Record]) -> Chart | None:
         axes.grid(False)
         axes.pcolormesh(
             edges, [i - 0.5 for i in range(len(names) + 1)], shares,
-            cmap=colors.from_list("", [theme.paper, theme.strong]), rasterized=True,
+            cmap=colors.from_list("", [theme.paper, theme.strong]),
+            vmin=0, vmax=max(max(row[1:]) for row in shares) or 1,
         )  # fmt: skip
-        places = some(range(len(names)), 12)
+        places = _ticks(len(names), 12)
         axes.set_yticks(places, [short(names[i]) for i in places])
         axes.set(xlim=(edges[filled[0]], edges[filled[-1] + 1]), ylim=(len(names) - 0.5, -0.5))
         axes.set_xlabel("log10 of the gradient's size" + (" (left: 0)" if filled[0] == 0 else ""))
@@ -269,12 +270,16 @@ def _log_scale(axes: Any, values: Any) -> None:
 
 
 def _depth_ticks(axes: Any, names: Sequence[str]) -> None:
-    places = some(range(len(names)), 9)
+    places = _ticks(len(names), 9)
     labels = [short(names[i]) for i in places]
     crowded = sum(map(len, labels)) > 36
     axes.set_xticks(
         places, labels, rotation=35 if crowded else 0, ha="right" if crowded else "center"
     )
+
+
+def _ticks(count: int, most: int) -> range:
+    return range(0, count, -(-count // most))
 
 
 def _steps(records: Sequence[Record], colors: Sequence[Any]) -> list[tuple[str, Any]]:

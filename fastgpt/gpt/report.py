@@ -5,12 +5,9 @@ It can be made while the run goes on, and says what the run does not have (yet).
 """
 
 import argparse
-import base64
 import math
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +15,16 @@ import torch
 
 from fastgpt.files import atomic_path
 
-from .about import kernels
-from .charts import DARK, LIGHT, Chart, png, some
+from .about import kernels, read_about
+from .charts import some
 from .config import PRESETS, GPTConfig, TrainConfig
 from .curves import curves
 from .errors import CheckpointError, UsageError, run_command
 from .history import Record, read_history
 from .metrics import Row, read_metrics
+from .page import document, figures, missing, table, text
 from .panels import panels, short
-from .train import _read_json, load_config, load_tokenizer, pick_device
+from .train import load_config, load_tokenizer, pick_device
 
 SAMPLES = 12  # are shown, of as many as there are
 
@@ -50,7 +48,7 @@ def read_run(folder: Path) -> Run:
     Raises CheckpointError if it is no run's folder, or if a file of it is damaged.
     """
     config = load_config(folder)
-    metrics, about = folder / "metrics.csv", folder / "about.json"
+    metrics = folder / "metrics.csv"
     try:
         rows = read_metrics(metrics) if metrics.exists() else []
     except ValueError as error:
@@ -59,7 +57,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         config=config,
         vocab_size=load_tokenizer(folder).vocab_size,
-        about=_read_json(about) if about.exists() else None,
+        about=read_about(folder / "about.json"),
         rows=rows,
         diagnostics=read_history(folder / "diagnostics.jsonl"),
         samples=read_history(folder / "samples.jsonl"),
@@ -76,25 +74,8 @@ def page(run: Run) -> str:
         ("Kernels", _kernels(run)),
         ("Settings", _settings(run)),
     )
-    links = "".join(f'<li><a href="#{_id(t)}">{_text(t)}</a></li>' for t, _ in sections)
-    body = "".join(
-        f'<section aria-labelledby="{_id(title)}"><h2 id="{_id(title)}">{_text(title)}</h2>'
-        f"{content}</section>\n"
-        for title, content in sections
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Whatever a sample or a setting holds, nothing is fetched and nothing is run.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_text(name)}: a run of fastgpt</title>\n<style>{_STYLE}</style>\n</head>\n"
-        "<body>\n"
-        f"<header><h1>{_text(name)}</h1><p>{_status(run)}</p>{_numbers(run)}"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
-        f"<main>\n{body}</main>\n</body>\n</html>\n"
-    )
+    top = f"<p>{_status(run)}</p>{_numbers(run)}"
+    return document(name, f"{name}: a run of fastgpt", top, sections)
 
 
 def _status(run: Run) -> str:
@@ -133,7 +114,7 @@ def _numbers(run: Run) -> str:
         entries.append(("tokens per second (median)", f"{middle:,.0f}"))
     if rows:
         entries.append(("time in training", _duration(rows[-1].seconds)))
-    items = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in entries)
+    items = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in entries)
     return f'<dl class="numbers">{items}</dl>'
 
 
@@ -141,19 +122,19 @@ def _curves(run: Run) -> str:
     bigram = (run.about or {}).get("bigram_loss")
     charts = curves(run.rows, run.vocab_size, bigram)
     if not charts:
-        return _missing("metrics.csv has no rows yet, so there are no curves.")
-    return _figures(charts)
+        return missing("metrics.csv has no rows yet, so there are no curves.")
+    return figures(charts)
 
 
 def _diagnostics(run: Run) -> str:
     if not run.diagnostics:
         if run.config.diagnostics:
-            return _missing("Nothing was looked at yet: diagnostics.jsonl has no records.")
-        return _missing(
+            return missing("Nothing was looked at yet: diagnostics.jsonl has no records.")
+        return missing(
             "This run has no diagnostics. Train with <code>--diagnostics 100</code>, or "
             "resume with it, to see what the layers do at every 100th step."
         )
-    return _warnings(run.diagnostics) + _figures(panels(run.diagnostics)) + _layers(run.diagnostics)
+    return _warnings(run.diagnostics) + figures(panels(run.diagnostics)) + _layers(run.diagnostics)
 
 
 def _warnings(records: Sequence[Record]) -> str:
@@ -165,11 +146,11 @@ def _warnings(records: Sequence[Record]) -> str:
             past[finding["text"].partition(":")[0]] = record["step"]
     past = {heading: step for heading, step in past.items() if heading not in now}
     lines = [
-        f"<li><strong>{_text(heading)}</strong>{_text(text[len(heading) :])}</li>"
-        for heading, text in now.items()
+        f"<li><strong>{text(heading)}</strong>{text(line[len(heading) :])}</li>"
+        for heading, line in now.items()
     ]
     lines += [
-        f"<li>{_text(heading)}: until step {step:,}, and not at the last look.</li>"
+        f"<li>{text(heading)}: until step {step:,}, and not at the last look.</li>"
         for heading, step in past.items()
     ]
     step = f"step {last['step']:,}"
@@ -185,32 +166,30 @@ def _warnings(records: Sequence[Record]) -> str:
 def _layers(records: Sequence[Record]) -> str:
     """The numbers of the last look, for those who read tables rather than plots."""
     last = records[-1]
-    rows = []
-    for name, seen in last["activations"].items():
-        shares = (seen.get("dead"), seen.get("saturated"))
-        cells = [_number(seen["mean"]), _number(seen["std"]), *map(_percent, shares)]
-        rows.append([short(name), *cells])
-    layers = _table("Outputs of layers", ["layer", "mean", "std", "dead", "saturated"], rows)
+    heads = ["mean", "std", "dead", "saturated"]
+    heads = [key for key in heads if any(key in seen for seen in last["activations"].values())]
+    rows = [
+        [short(name), *(_cell(key, seen) for key in heads)]
+        for name, seen in last["activations"].items()
+    ]
+    layers = table("Outputs of layers", ["layer", *heads], rows)
     rows = []
     for name, seen in last["gradients"].items():
         ratio = last["updates"].get(name)
-        rows.append(
-            [
-                short(name), " x ".join(map(str, seen["shape"])), _number(seen["norm"]),
-                "" if ratio is None else f"{ratio:.2f}",
-            ]
-        )  # fmt: skip
+        shape = "x".join(map(str, seen["shape"]))
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        rows.append([short(name), shape, _number(seen["norm"]), shown])
     heads = ["parameter", "shape", "gradient norm", "log10 of update / data"]
-    parameters = _table("Gradients and updates of parameters", heads, rows)
+    parameters = table("Gradients and updates of parameters", heads, rows)
     return (
         f"<details><summary>The numbers at step {last['step']:,}</summary>"
-        f"{layers}{parameters}</details>"
+        f'<div class="tables">{layers}{parameters}</div></details>'
     )
 
 
 def _samples(run: Run) -> str:
     if not run.samples:
-        return _missing(
+        return missing(
             "This run has no samples: samples.jsonl has none yet, or the run was made with "
             "<code>--sample-tokens 0</code> or an older fastgpt."
         )
@@ -223,13 +202,13 @@ def _samples(run: Run) -> str:
         is_open = " open" if sample is shown[0] or sample is shown[-1] else ""
         parts.append(
             f"<details{is_open}><summary>Step {step:,}{loss}</summary>"
-            f'<pre tabindex="0"><b>{_text(str(sample.get("prompt", "")))}</b>'
-            f"{_text(str(sample.get('text', '')))}</pre></details>"
+            f'<pre tabindex="0"><b>{text(str(sample.get("prompt", "")))}</b>'
+            f"{text(str(sample.get('text', '')))}</pre></details>"
         )
     left = len(run.samples) - len(shown)
     note = f" {left:,} of {len(run.samples):,} are left out." if left else ""
     return (
-        f"<p>At each evaluation the model goes on with the same words (in bold) of held-out text."
+        "<p>At each evaluation the model goes on with the same words (in bold) of held-out text."
         f"{note}</p>{''.join(parts)}"
     )
 
@@ -244,14 +223,14 @@ def _kernels(run: Run) -> str:
             "The run did not note its kernels (about.json is missing). Its shapes on this machine:"
         )
         lines = kernels(run.config, _shape(run), _device(run.config))
-    items = "".join(f"<li><code>{_text(line)}</code></li>" for line in lines)
+    items = "".join(f"<li><code>{text(line)}</code></li>" for line in lines)
     details = ""
     if "installation" in about:
         details = (
             "<details><summary>All that this installation could run</summary>"
-            f'<pre class="wide" tabindex="0">{_text(about["installation"])}</pre></details>'
+            f'<pre class="wide" tabindex="0">{text(about["installation"])}</pre></details>'
         )
-    return f"<p>{_text(where)}</p><ul>{items}</ul>{details}"
+    return f"<p>{text(where)}</p><ul>{items}</ul>{details}"
 
 
 def _settings(run: Run) -> str:
@@ -260,21 +239,20 @@ def _settings(run: Run) -> str:
     for name, value in asdict(run.config).items():
         changed = value != defaults[name]
         rows.append([name, _value(value), _value(defaults[name]) if changed else ""])
-    text = ""
+    corpus = ""
     if run.about is not None and "corpus" in run.about:
-        text = (
-            f"<p>Trained on {_text(str(run.about['corpus']))}: {run.about['train_tokens']:,} "
+        corpus = (
+            f"<p>Trained on {text(str(run.about['corpus']))}: {run.about['train_tokens']:,} "
             f"tokens, and {run.about['val_tokens']:,} held out.</p>"
         )
     model = [[name, _value(value)] for name, value in asdict(_shape(run)).items()]
-    return (
-        text
-        + _table("Training", ["setting", "value", "default, where it is another"], rows)
-        + _table("Model", ["size", "value"], model)
-    )
+    training = table("Training", ["setting", "value", "default, where it is another"], rows)
+    return f'{corpus}<div class="tables">{training}{table("Model", ["size", "value"], model)}</div>'
 
 
 def _shape(run: Run) -> GPTConfig:
+    if run.about is not None and "model" in run.about:
+        return GPTConfig(**run.about["model"])
     return replace(
         PRESETS[run.config.preset],
         vocab_size=run.vocab_size,
@@ -288,55 +266,6 @@ def _device(config: TrainConfig) -> torch.device:
         return pick_device(config.device)
     except UsageError:  # the run was made on a machine that has it
         return torch.device("cpu")
-
-
-def _figures(charts: Iterable[Chart]) -> str:
-    return f'<div class="figures">{"".join(map(_figure, charts))}</div>'
-
-
-def _figure(chart: Chart) -> str:
-    light, dark = (
-        "data:image/png;base64," + base64.b64encode(png(chart, theme)).decode()
-        for theme in (LIGHT, DARK)
-    )
-    return (
-        f"<figure><figcaption>{_text(chart.title)}</figcaption><picture>"
-        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{_text(chart.alt)}"></picture></figure>'
-    )
-
-
-def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{_text(text)}</th>' for text in heads)
-    body = "".join(
-        f'<tr><th scope="row">{_text(first)}</th>'
-        + "".join(f"<td>{_text(cell)}</td>" for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
-    )
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{_text(caption)}">'
-        f"<table><caption>{_text(caption)}</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _missing(html: str) -> str:
-    return f'<p class="missing">{html}</p>'
-
-
-def _text(text: str) -> str:
-    """Any text for HTML: control characters, which it has none for, become pictures of them."""
-    text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is a "?"
-    shown = (
-        c if c in "\n\t" or unicodedata.category(c) != "Cc" else chr(0x2400 + min(ord(c), 0x21))
-        for c in text
-    )
-    return escape("".join(shown))
-
-
-def _id(title: str) -> str:
-    return title.lower().replace(" ", "-")
 
 
 def _value(value: Any) -> str:
@@ -353,8 +282,11 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3g}"
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
+def _cell(key: str, seen: Record) -> str:
+    if key not in seen:
+        return ""
+    share = key in ("dead", "saturated") and seen[key] is not None
+    return f"{seen[key]:.1%}" if share else _number(seen[key])
 
 
 def _exp(loss: float) -> float:
@@ -364,63 +296,9 @@ def _exp(loss: float) -> float:
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
-_STYLE = f"""
-:root {{
-  color-scheme: light dark;
-  --text: {LIGHT.text}; --faint: {LIGHT.faint}; --paper: {LIGHT.paper}; --page: #f3f5f7;
-  --line: {LIGHT.grid}; --link: {LIGHT.strong}; --bad: #a4161a; --good: #1b6e3a;
-}}
-@media (prefers-color-scheme: dark) {{ :root {{
-  --text: {DARK.text}; --faint: {DARK.faint}; --paper: {DARK.paper}; --page: #0c0f12;
-  --line: {DARK.grid}; --link: {DARK.strong}; --bad: #ff9b9b; --good: #7ee2a8;
-}} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; padding: 1.25rem clamp(0.75rem, 3vw, 2.5rem) 4rem; max-width: 92rem;
-  background: var(--page); color: var(--text); font: 1rem/1.5 system-ui, sans-serif; }}
-h1 {{ margin: 0; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }}
-h2 {{ margin: 2.5rem 0 0.75rem; font-size: 1.3rem; }}
-h3 {{ margin: 0 0 0.5rem; font-size: 1rem; }}
-header p {{ margin: 0.25rem 0 1rem; color: var(--faint); }}
-a {{ color: var(--link); }}
-:focus-visible {{ outline: 2px solid var(--link); outline-offset: 2px; }}
-nav ul {{ display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; padding: 0; list-style: none; }}
-.numbers {{ display: grid; gap: 0.6rem; margin: 0;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.5rem), 1fr)); }}
-.numbers div, figure, details, .scroll, .warnings, .missing, .good {{
-  background: var(--paper); border: 1px solid var(--line); border-radius: 0.5rem; }}
-.numbers div {{ padding: 0.5rem 0.75rem; }}
-.numbers dt {{ color: var(--faint); font-size: 0.8rem; }}
-.numbers dd {{ margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }}
-.figures {{ display: grid; gap: 0.9rem; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }}
-figure {{ margin: 0; padding: 0.6rem; }}
-figcaption {{ padding: 0 0.25rem 0.35rem; font-weight: 600; }}
-img {{ display: block; width: 100%; height: auto; }}
-details {{ margin: 0.6rem 0; padding: 0 0.9rem; }}
-summary {{ margin: 0 -0.9rem; padding: 0.6rem 0.9rem; cursor: pointer; }}
-pre {{ margin: 0 0 0.9rem; font: 0.85rem/1.5 ui-monospace, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; unicode-bidi: isolate; max-height: 24rem; overflow-y: auto; }}
-pre.wide {{ white-space: pre; overflow-x: auto; }}
-code {{ font-family: ui-monospace, monospace; font-size: 0.9em; white-space: pre-wrap;
-  overflow-wrap: anywhere; }}
-.scroll {{ margin: 0.9rem 0; padding: 0.4rem 0.9rem; overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-caption {{ padding: 0.3rem 0; font-weight: 600; text-align: left; }}
-th, td {{ padding: 0.25rem 1.25rem 0.25rem 0; border-top: 1px solid var(--line);
-  text-align: left; vertical-align: top; overflow-wrap: anywhere; }}
-thead th {{ border: 0; color: var(--faint); font-weight: 400; }}
-tbody th {{ font-weight: 500; }}
-.warnings, .missing, .good {{ margin: 0 0 0.9rem; padding: 0.75rem 1rem; }}
-.warnings {{ border-left: 0.3rem solid var(--bad); }}
-.warnings h3, .warnings strong {{ color: var(--bad); }}
-.warnings ul {{ margin: 0; padding-left: 1.1rem; overflow-wrap: anywhere; }}
-.good {{ border-left: 0.3rem solid var(--good); }}
-.missing {{ color: var(--faint); border-style: dashed; }}
-@media print {{ details > summary {{ list-style: none; }} section {{ break-inside: avoid-page; }} }}
-"""
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
