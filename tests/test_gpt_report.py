@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastgpt
+from fastgpt.gpt import PRESETS, TrainConfig
 from fastgpt.gpt import page as pieces
+from fastgpt.gpt.about import kernels
 from fastgpt.gpt.charts import DARK, LIGHT
+from fastgpt.gpt.config import LOSSES
 from fastgpt.gpt.curves import curves
 from fastgpt.gpt.errors import CheckpointError
 from fastgpt.gpt.history import HistoryFile, read_history
@@ -324,6 +328,20 @@ def test_the_command_writes_where_it_is_told_and_a_mistake_is_one_line(
     assert result.returncode == 2
     assert result.stdout == ""
     assert re.fullmatch(r"error: .*config\.json: no such file; is .* of a run\?\n", result.stderr)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_kernels_are_those_that_the_runs_own_calls_would_take(loss, dtype):
+    config = TrainConfig(preset="tiny", batch_size=2, loss=loss, dtype=dtype)
+    lines = kernels(config, PRESETS["tiny"], torch.device("cpu"))
+    kernel = loss in ("linear_cross_entropy", "cross_entropy")
+    first = f"{loss} on cpu runs on " if kernel else f"the loss is '{loss}', in torch's operations"
+    assert lines[0].startswith(first)
+    assert lines[1].startswith("scaled_dot_product_attention on cpu runs on ")
+    with fastgpt.backend("eager"):
+        lines = kernels(config, PRESETS["tiny"], torch.device("cpu"))
+    assert [" on cpu runs on eager" in line for line in lines] == [kernel, True]
 
 
 def test_curves_say_in_words_what_they_show(run):

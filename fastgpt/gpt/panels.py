@@ -205,7 +205,8 @@ def _attention(records: Sequence[Record]) -> Chart | None:
                     one = [None if seen is None else seen[head] for seen in heads]
                     _line(rows[0], _x(records), one, color, linewidth=0.6, alpha=0.5, markersize=0)
         reference(rows[0], theme, limit, "ln(visible keys): all alike")
-        rows[0].set(xlabel="step", ylabel="entropy (nats)", ylim=(0, 1.12 * limit or 1))
+        rows[0].set(xlabel="step", ylabel="entropy (nats)")
+        rows[0].set_ylim(-0.04 * limit, 1.12 * limit or 1)
         legend(rows[0], theme, _layers(names, colors))
 
     listed = ", ".join(f"{short(n)} {_say(means[n])}" for n in some(names, 6))

@@ -246,7 +246,7 @@ def _settings(run: Run) -> str:
             f"tokens, and {run.about['val_tokens']:,} held out.</p>"
         )
     model = [[name, _value(value)] for name, value in asdict(_shape(run)).items()]
-    training = table("Training", ["setting", "value", "default, where it is another"], rows)
+    training = table("Training", ["setting", "value", "default, if changed"], rows)
     return f'{corpus}<div class="tables">{training}{table("Model", ["size", "value"], model)}</div>'
 
 
