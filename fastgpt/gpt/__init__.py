@@ -6,6 +6,7 @@ Building a model needs only torch; data, training and sampling need `pip install
     python -m fastgpt.gpt.train --preset small       train
     python -m fastgpt.gpt.sample --run runs/...      write text with the result
     GPT.from_pretrained(DIR), save_pretrained(DIR)   a GPT-2 folder as Hugging Face has it
+    python -m fastgpt.gpt.report --run runs/...      a page about the run, in HTML
 """
 
 from .cache import KeyValueCache

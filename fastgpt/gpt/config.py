@@ -112,6 +112,9 @@ class TrainConfig:
     eval_batches: int = _setting(20, "batches per evaluation")
     log_interval: int = _setting(10, "steps between rows of metrics.csv")
     keep: int = _setting(1, "checkpoints to keep: the last one, or the last so many")
+    sample_tokens: int = _setting(100, "tokens to write at each evaluation, for samples.jsonl")
+    diagnostics: int = _setting(0, "steps between looks at layers, which take time; 0: none")
+    tensorboard: bool = _setting(False, "write what diagnostics see for TensorBoard, too")
     seed: int = _setting(1337, "seed of the weights, the batches and the dropout")
     loss: str = _setting(LOSSES[0], "which cross-entropy", choices=LOSSES)
     dtype: str = _setting("float32", "autocast type", choices=("float32", "bfloat16"))
@@ -137,7 +140,7 @@ class TrainConfig:
         for name in counts.split():
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         others = "steps warmup weight_decay grad_clip skip_spikes threads seed"
-        for name in others.split():
+        for name in [*others.split(), "sample_tokens", "diagnostics"]:
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _check(0 < self.decay_factor <= 1, "decay_factor", "in (0, 1]", self.decay_factor)
         _check(0 <= self.decay_share <= 1, "decay_share", "in [0, 1]", self.decay_share)

@@ -129,6 +129,11 @@ class Parallel:
             torch.compile(self._wrapped) if compiled else self._wrapped
         )
 
+    @property
+    def shares_parameters(self) -> bool:
+        """Whether no process has the whole model, so that none can run it alone."""
+        return self._fsdp or bool(self.slices)
+
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Around forward and backward: gradients are exchanged after the last of a step alone."""
@@ -207,6 +212,12 @@ def _check(config: TrainConfig, world: World) -> None:
                 f"--{option} shares a model out over processes, and here is one: start them with "
                 "torchrun --standalone --nproc_per_node=N -m fastgpt.gpt.train, or say "
                 f"--no-{option}"
+            )
+        if getattr(config, name) and config.diagnostics:
+            option = name.replace("_", "-")
+            raise UsageError(
+                f"--diagnostics looks at whole parameters, and --{option} shares them out; leave "
+                "out one of the two"
             )
     if config.batch_size % world.size:
         raise UsageError(

@@ -4,9 +4,11 @@
     python -m fastgpt.gpt.train --resume runs/small
     torchrun --standalone --nproc_per_node=8 -m fastgpt.gpt.train --preset gpt2 --fsdp ...
 
-The run folder holds config.json, tokenizer.json, metrics.csv, loss.png, and two checkpoints:
-latest.safetensors, to resume from, and best.safetensors, the weights of the lowest validation loss;
-with --keep also step-<step>.safetensors of the last evaluations, to go back to.
+The run folder holds config.json, about.json, tokenizer.json, metrics.csv, loss.png, samples.jsonl,
+with --diagnostics what was seen of the layers, and two checkpoints: latest.safetensors, to resume
+from, and best.safetensors, the weights of the lowest validation loss; with --keep also
+step-<step>.safetensors of the last evaluations, to go back to. A page of it all is made by
+`python -m fastgpt.gpt.report`.
 A resumed run computes what the uninterrupted one would have, bit for bit on a CPU. On another
 number of processes, or with parameters shared out another way, it does so to rounding.
 """
@@ -22,11 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .about import about
 from .bigram import Bigram
 from .checkpoint import keep_checkpoint, kept_checkpoints
 from .config import PRESETS, TrainConfig
 from .data import Dataset, load_dataset, random_batch
 from .device import pick_device
+from .diagnostics import Diagnostics
 from .distributed import Parallel, World, join, leave
 from .errors import UsageError, require, run_command
 from .flops import flops_per_token, peak_of
@@ -43,6 +47,7 @@ from .model import GPT, loss_function
 from .optim import learning_rate, make_optimizer
 from .options import parse_arguments
 from .progress import Report, StopSignals, heading
+from .samples import Samples
 from .spikes import Spikes
 from .state import restore, save_best, save_latest
 from .vocabulary import vocabulary_loss
@@ -122,6 +127,11 @@ class Trainer:
         self.interval_skipped = 0
         self.interval_seconds = 0.0
         self.metrics = MetricsFile(out / "metrics.csv")
+        self.samples = Samples(out, self.data, config.sample_tokens)
+        self.diagnostics = Diagnostics(
+            self.model, self.optimizer, config.diagnostics if self.world.main else 0, out,
+            tensorboard=config.tensorboard, say=lambda text: self._report.line(text),
+        )  # fmt: skip
         if self.world.rank:
             torch.manual_seed(config.seed + self.world.rank)  # for dropout of its own
         if resume:
@@ -131,7 +141,12 @@ class Trainer:
             remove_unfinished(out)
             if resume and resume.name == LATEST:  # a kill may have come before this
                 keep_checkpoint(resume, self.step, config.keep)
-            self.metrics.start(last_step=self.step if resume else None)
+            for history in (self.metrics, self.samples, self.diagnostics):
+                history.start(last_step=self.step if resume else None)
+            about_run = about(
+                config, model_config, self.num_parameters, self.data, self.device, self.bigram_loss
+            )
+            write_json(out / "about.json", about_run)
             write_json(out / "tokenizer.json", self.data.tokenizer.to_json())
             write_json(out / "config.json", asdict(config))
 
@@ -184,18 +199,21 @@ class Trainer:
             group["lr"] = learning_rate(self.step, config)
         self.model.train()
         losses = []
-        for micro in range(config.grad_accum):
-            with self.parallel.micro_batch(last=micro == config.grad_accum - 1):
-                loss = self._loss(TRAIN, self.step * config.grad_accum + micro) / config.grad_accum
-                loss.backward()
-            losses.append(loss.detach())
-        loss = self._mean(torch.stack(losses).sum())
-        norm = self.parallel.clip_gradients(config.grad_clip or math.inf)
-        if self._is_spike(loss, norm):
-            self.interval_skipped += 1
-        else:
-            self.sums += torch.stack([loss, norm])
-            self.optimizer.step()
+        with self.diagnostics.observe(self.step + 1) as observation:
+            for micro in range(config.grad_accum):
+                with self.parallel.micro_batch(last=micro == config.grad_accum - 1):
+                    loss = self._loss(TRAIN, self.step * config.grad_accum + micro)
+                    loss = loss / config.grad_accum
+                    loss.backward()
+                losses.append(loss.detach())
+            loss = self._mean(torch.stack(losses).sum())
+            observation.gradients()  # before they are clipped
+            norm = self.parallel.clip_gradients(config.grad_clip or math.inf)
+            if self._is_spike(loss, norm):
+                self.interval_skipped += 1
+            else:
+                self.sums += torch.stack([loss, norm])
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.interval_steps += 1
@@ -219,6 +237,7 @@ class Trainer:
         if self.world.main:
             vocab_size = self.model.config.vocab_size
             draw_loss(self.out / "loss.png", self.metrics.rows, vocab_size, self.bigram_loss)
+            self.diagnostics.draw()
         self.mark = time.perf_counter()
 
     def _loss(self, split: int, index: int) -> Tensor:
@@ -279,6 +298,8 @@ class Trainer:
         if self.world.main:
             self.metrics.append(row)
         self._report.row(row)
+        if evaluate and self.world.main and not self.parallel.shares_parameters:
+            self.samples.write(self.model, self.step)
         self.sums.zero_()
         self.interval_steps, self.interval_skipped, self.interval_seconds = 0, 0, 0.0
         if val_loss is not None and val_loss < self.best_val:
