@@ -31,7 +31,7 @@ def run(monkeypatch, tmp_path, threads):
 
     def run_copy(script: Path, edit=lambda source: source):
         copy = tmp_path / script.name
-        copy.write_text(edit(script.read_text()))
+        copy.write_text(edit(script.read_text(encoding="utf-8")), encoding="utf-8")
         with torch.random.fork_rng():
             runpy.run_path(str(copy), run_name="__main__")
 
@@ -51,7 +51,7 @@ def test_a_claim_does_not_hold_or_the_page_shows_other_output(script, run, tmp_p
     figure = tmp_path / "figures" / f"{script.stem}.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert figure.stat().st_size < LARGEST_FIGURE
-    shown = "".join(OUTPUT.findall(script.with_suffix(".md").read_text()))
+    shown = "".join(OUTPUT.findall(script.with_suffix(".md").read_text(encoding="utf-8")))
     assert without_numbers(shown) == without_numbers(capsys.readouterr().out), (
         "run docs/tour/build.py"
     )
@@ -59,14 +59,16 @@ def test_a_claim_does_not_hold_or_the_page_shows_other_output(script, run, tmp_p
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_page_is_older_than_its_script(script, build):
-    written = script.with_suffix(".md").read_text()
-    silent = build.page(script, [""] * len(build.cells(script.read_text())))
+    written = script.with_suffix(".md").read_text(encoding="utf-8")
+    silent = build.page(script, [""] * len(build.cells(script.read_text(encoding="utf-8"))))
     assert OUTPUT.sub("", written) == silent, "run docs/tour/build.py"
     assert (TOUR / "figures" / f"{script.stem}.png").stat().st_size < LARGEST_FIGURE
 
 
 def test_the_index_misses_a_chapter_or_its_summary(build):
-    assert (TOUR / "README.md").read_text() == build.readme(), "run docs/tour/build.py"
+    assert (TOUR / "README.md").read_text(encoding="utf-8") == build.readme(), (
+        "run docs/tour/build.py"
+    )
     assert [script.name[:2] for script in SCRIPTS] == [f"{n:02}" for n in range(1, 13)]
 
 
