@@ -19,8 +19,8 @@ import fastgpt
 #
 # Back through h = tanh(x W), the gradient is multiplied by the slope of tanh and by Wᵀ. Weights of
 # standard deviation gain / √n change its norm by about gain · (rms slope) per layer. After 30
-# layers, a factor of 0.6 leaves 10⁻⁷ of it, a factor of 1.6 makes it a million times larger. To see
-# the powers bare, the first three stacks have no nonlinearity at all.
+# layers, a factor of 0.6 leaves less than a millionth of it, 1.6 makes it a million times larger.
+# To see the powers bare, the first three stacks have no nonlinearity at all.
 
 # %%
 depth, width = 30, 100

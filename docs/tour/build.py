@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from fastgpt.files import atomic_path
+
 FOLDER = Path(__file__).parent
 README = """\
 # The tour
@@ -23,6 +25,8 @@ the tests of this repository run them all. The pages below are those scripts and
 pip install -e '.[gpt]'             # torch, and matplotlib for the figures
 python docs/tour/01_tensors.py      # change a line and run it again
 ```
+
+Where other programs keep the cores busy, `OMP_NUM_THREADS=1` in front is much quicker.
 """
 
 
@@ -41,7 +45,7 @@ def run(script: Path) -> list[str]:
     """Execute the cells as one program; what each printed."""
     names = {"__name__": "__main__", "__file__": str(script)}
     outputs = []
-    for kind, text in cells(script.read_text()):
+    for kind, text in cells(script.read_text(encoding="utf-8")):
         with contextlib.redirect_stdout(io.StringIO()) as output:
             if kind != "markdown":
                 exec(compile(text, script, "exec"), names)
@@ -52,7 +56,9 @@ def run(script: Path) -> list[str]:
 def page(script: Path, outputs: list[str]) -> str:
     """The chapter in Markdown, with the output of each of its cells."""
     blocks = []
-    for (kind, text), output in zip(cells(script.read_text()), outputs, strict=True):
+    for (kind, text), output in zip(
+        cells(script.read_text(encoding="utf-8")), outputs, strict=True
+    ):
         code = f"```python\n{text}\n```"
         if kind == "markdown":
             blocks.append(prose(text))
@@ -74,7 +80,7 @@ def page(script: Path, outputs: list[str]) -> str:
 def readme() -> str:
     blocks = [README.rstrip()]
     for script in chapters():
-        summary = prose(cells(script.read_text())[0][1]).split("\n\n")[1]
+        summary = prose(cells(script.read_text(encoding="utf-8"))[0][1]).split("\n\n")[1]
         blocks += [f"## [{title(script)}]({script.stem}.md)", summary, image(script)]
     return "\n\n".join(blocks) + "\n"
 
@@ -84,16 +90,21 @@ def chapters() -> list[Path]:
 
 
 def title(script: Path) -> str:
-    return prose(cells(script.read_text())[0][1]).split("\n")[0].removeprefix("# ")
+    return prose(cells(script.read_text(encoding="utf-8"))[0][1]).split("\n")[0].removeprefix("# ")
 
 
 def image(script: Path) -> str:
     return f"![{title(script)}](figures/{script.stem}.png)"
 
 
+def write(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     wanted = sys.argv[1:]  # parts of names; without any, all
     for script in chapters():
         if not wanted or any(part in script.name for part in wanted):
-            script.with_suffix(".md").write_text(page(script, run(script)))
-    (FOLDER / "README.md").write_text(readme())
+            write(script.with_suffix(".md"), page(script, run(script)))
+    write(FOLDER / "README.md", readme())
