@@ -21,10 +21,6 @@ class Block(NamedTuple):
     line: int  # the first of its text, from 1
     text: str
 
-    @property
-    def name(self) -> str:
-        return f"line {self.line}"
-
 
 def blocks(language):
     found = re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -84,10 +80,8 @@ torch.save(results, sys.argv[2])
 """
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def run_blocks(folder):
     """Of each block its error, or "", and the operators of ours that ran; and the files left."""
-    folder = tmp_path_factory.mktemp("readme")
     torch.save([(block.line, block.text) for block in PYTHON], folder / "blocks.pt")
     scratch = folder / "scratch"
     scratch.mkdir()
@@ -105,16 +99,15 @@ def environment():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
-def test_an_example_fails_or_runs_torchs_functions(block, results):
-    error, operators = results[0][block.line]
-    assert not error, error
-    assert operators or "explain" in block.text
-
-
-@pytest.mark.slow
-def test_an_example_leaves_files_behind(results):
-    assert results[1] == []
+def test_an_example_fails_or_runs_torchs_functions_or_leaves_files(tmp_path):
+    """All in one process, each with what those before it have defined."""
+    results, files = run_blocks(tmp_path)
+    assert len(results) == len(PYTHON) > 4
+    errors = [error for error, _ in results.values() if error]
+    assert not errors, "\n".join(errors)
+    for block in PYTHON:
+        assert results[block.line][1] or "explain" in block.text, block
+    assert files == []
 
 
 def commands():
