@@ -14,7 +14,11 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fastgpt.integrations.transformers.attention as ours
@@ -365,6 +369,13 @@ def test_a_mask_for_generation_is_taken_for_one_of_positions():
     expected = model.generate(ids, **settings)
     output = patch(model).generate(ids, **settings)
     assert_near(torch.stack(output.logits), torch.stack(expected.logits), 1e-11)
+    # Of keys that do not begin at position 0, a 2-D mask could not be handed back.
+    kwargs = {"batch_size": 2, "q_length": 4, "kv_length": 9, "q_offset": 8, "kv_offset": 3}
+    kwargs |= {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
+    made_of = {"attention_mask": mask[:, :12] > 0, "device": "cpu"}
+    seen = ours.mask(**kwargs, **made_of)
+    assert torch.equal(seen, sdpa_mask(**kwargs, **made_of))
+    assert seen.shape == (2, 1, 4, 9)
 
 
 def test_a_static_cache_is_read_where_it_is_empty(calls):
