@@ -17,6 +17,7 @@ struct Grid {
   int64_t blocks;
   int threads;  // of a block
   int cluster;  // blocks of a cluster, which divide those of the grid; 1 needs no clusters
+  int dynamic_bytes = 0;  // of shared memory for each block (FASTGPT_DYNAMIC_SHARED)
 };
 
 #ifdef __CUDACC__
@@ -80,17 +81,25 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, [[maybe_unused]] St
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(grid.blocks));
   config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = size_t(grid.dynamic_bytes);
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = grid.cluster > 1 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
+  constexpr int kUnasked = 48 << 10;  // what a kernel may have without having asked for it
+  cudaError_t error = cudaSuccess;
+  if (grid.dynamic_bytes > kUnasked) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 grid.dynamic_bytes);
+  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, parameters...);
   if (error != cudaSuccess) {
     cudaGetLastError();  // or the next one to ask would be told of this launch
     throw std::runtime_error(std::string("a kernel could not be launched: ") +
                              cudaGetErrorString(error));
   }
 #else
-  twin::run(grid.blocks, grid.threads, grid.cluster, [&] { kernel(parameters...); });
+  twin::run(grid.blocks, grid.threads, grid.cluster, grid.dynamic_bytes,
+            [&] { kernel(parameters...); });
 #endif
 }
 

@@ -14,20 +14,38 @@
 #define FASTGPT_DEVICE __device__ __forceinline__
 // Before a loop whose body is rarely run: one copy of it is enough.
 #define FASTGPT_ROLLED _Pragma("unroll 1")
+// Before a loop over registers: they have no index at run time.
+#define FASTGPT_UNROLLED _Pragma("unroll")
 // At most so many threads a block, of which a multiprocessor holds at least so many blocks.
 #define FASTGPT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 // `count` elements in the shared memory of the block, as the Shared<type> `name`.
 #define FASTGPT_SHARED(type, name, count)              \
   __shared__ __align__(16) type name##_storage[count]; \
   const ::fastgpt::cuda::Shared<type> name { name##_storage }
+// The same in the memory that the launch gives to the block, `offset` bytes from its beginning: a
+// multiple of 16. No two of them overlap.
+#define FASTGPT_DYNAMIC_SHARED(type, name, offset, count)                      \
+  const ::fastgpt::cuda::Shared<type> name {                                   \
+    reinterpret_cast<type*>(::fastgpt::cuda::dynamic_shared_memory + (offset)) \
+  }
+// The kernel is launched with so many bytes of such memory. It stands in the PTX, for who asks how
+// many blocks a multiprocessor holds.
+#define FASTGPT_DYNAMIC_SHARED_BYTES(bytes) \
+  asm volatile("// dynamic shared memory: %0" ::"n"(bytes))
 #else
 #define FASTGPT_DEVICE inline
 #define FASTGPT_ROLLED
+#define FASTGPT_UNROLLED
 #define FASTGPT_KERNEL(threads, blocks) void
 // The address of the name is the array's identity.
 #define FASTGPT_SHARED(type, name, count)     \
   static constexpr char name##_key[] = #name; \
   [[maybe_unused]] const auto name = ::fastgpt::cuda::twin::shared<type>(name##_key, count)
+#define FASTGPT_DYNAMIC_SHARED(type, name, offset, count) \
+  static constexpr char name##_key[] = #name;             \
+  [[maybe_unused]] const auto name =                      \
+      ::fastgpt::cuda::twin::shared<type>(name##_key, count, int64_t(offset))
+#define FASTGPT_DYNAMIC_SHARED_BYTES(bytes) ::fastgpt::cuda::twin::check_dynamic_bytes(bytes)
 #endif
 
 namespace fastgpt::cuda {
@@ -189,6 +207,12 @@ FASTGPT_DEVICE Vector<T> narrow_vector(const A (&x)[Vector<T>::width]) {
   return y;
 }
 
+// Two at once, the first in the lower half.
+template <class T>
+FASTGPT_DEVICE uint32_t narrow_pair(float first, float second) {
+  return Narrow<T>::pair(first, second);
+}
+
 // 2^x with a relative error of some 2^-22; results below 2^-126 are 0.
 FASTGPT_DEVICE float exp2_approximate(float x) {
   float y;
@@ -232,6 +256,8 @@ FASTGPT_DEVICE void store(T* to, T x) {
 }
 
 // ---- shared memory ----
+
+extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 
 FASTGPT_DEVICE uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
@@ -325,6 +351,14 @@ template <class T>
 FASTGPT_DEVICE void copy_async(const Shared<T>& to, int i, const T* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to.data + i)),
                "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+
+// The same; or zeros, without a look at `from`, unless it is `there`.
+template <class T>
+FASTGPT_DEVICE void copy_async_if(bool there, const Shared<T>& to, int i, const T* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to.data + i)),
+               "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
                : "memory");
 }
 

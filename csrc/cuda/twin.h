@@ -307,6 +307,7 @@ struct Array {
   int count;
   size_t size;           // of an element
   bool declared = true;  // by the block that now runs
+  int64_t offset = -1;   // in the memory that the launch gives to the block; or -1
   std::unique_ptr<Vector<unsigned char>[]> storage;
   mutable std::vector<Element> elements;
 
@@ -339,7 +340,8 @@ struct Block {
 
 struct Cluster {
   int64_t grid_blocks = 0;
-  int threads = 0;  // of a block
+  int threads = 0;            // of a block
+  int64_t dynamic_bytes = 0;  // of shared memory, that the launch gives to each block
   uint32_t now = 1;
   uint32_t barrier_time = 0;
   Meeting meeting;
@@ -542,9 +544,11 @@ inline const Lane* exchange(Operation operation, const Lane& lane) {
   return lanes;
 }
 
+constexpr int64_t kMostDynamicBytes = 227 << 10;
+
 // The grid's blocks in clusters, one cluster after the other. `kernel` is what each thread runs.
 template <class Kernel>
-void run(int64_t blocks, int threads, int cluster_blocks, Kernel&& kernel) {
+void run(int64_t blocks, int threads, int cluster_blocks, int64_t dynamic_bytes, Kernel&& kernel) {
   if (current) throw Error("a kernel cannot launch another one");
   if (blocks < 0 || threads < 1 || threads > 1024 || cluster_blocks < 1 || cluster_blocks > 8 ||
       blocks % cluster_blocks)
@@ -554,6 +558,10 @@ void run(int64_t blocks, int threads, int cluster_blocks, Kernel&& kernel) {
   Cluster cluster;
   cluster.grid_blocks = blocks;
   cluster.threads = threads;
+  if (dynamic_bytes < 0 || dynamic_bytes > kMostDynamicBytes)
+    throw Error("a block cannot have " + std::to_string(dynamic_bytes) +
+                " bytes of dynamic memory");
+  cluster.dynamic_bytes = dynamic_bytes;
   cluster.argument = const_cast<void*>(static_cast<const void*>(&kernel));
   cluster.kernel = [](void* argument) {
     (*static_cast<std::remove_reference_t<Kernel>*>(argument))();
@@ -807,6 +815,11 @@ inline Vector<T> narrow_vector(const A (&x)[Vector<T>::width]) {
   return y;
 }
 
+template <class T>
+inline uint32_t narrow_pair(float first, float second) {
+  return narrow<T>(first).bits | uint32_t(narrow<T>(second).bits) << 16;
+}
+
 inline float exp2_approximate(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0 : y;
@@ -893,14 +906,36 @@ namespace twin {
 
 constexpr size_t kSharedBytes = 48 << 10;  // that a block can declare
 
-// The array of this block with this key.
+// Of one that lies in the memory that the launch gives.
+inline void check_place(const Block& block, const Array& array) {
+  const int64_t end = array.offset + int64_t(array.count) * int64_t(array.size);
+  const int64_t given = block.cluster->dynamic_bytes;
+  if (array.offset % 16 || end > given)
+    fail("places " + std::string(array.key) + " at the bytes " + std::to_string(array.offset) +
+         " to " + std::to_string(end) + " of " + std::to_string(given));
+  for (const auto& other : block.arrays) {
+    if (!other->declared || other->offset < 0 || other.get() == &array) continue;
+    const int64_t other_end = other->offset + int64_t(other->count) * int64_t(other->size);
+    if (array.offset < other_end && other->offset < end)
+      fail("places " + std::string(array.key) + " over " + other->key);
+  }
+}
+
+inline void check_dynamic_bytes(int64_t bytes) {
+  const int64_t given = current->block->cluster->dynamic_bytes;
+  if (given != bytes)
+    fail("states " + std::to_string(bytes) + " bytes of dynamic memory, but is launched with " +
+         std::to_string(given));
+}
+
+// The array of this block with this key; `offset`: in the memory that the launch gives, or -1.
 template <class T>
-inline Shared<T> shared(const char* key, int count) {
+inline Shared<T> shared(const char* key, int count, int64_t offset = -1) {
   Block& block = *current->block;
   Array* array = find_array(block, key);
   if (!array) {
     const size_t vectors = (size_t(count) * sizeof(T) + 15) / 16;
-    block.arrays.emplace_back(new Array{key, count, sizeof(T), false, nullptr, {}});
+    block.arrays.emplace_back(new Array{key, count, sizeof(T), false, offset, nullptr, {}});
     array = block.arrays.back().get();
     array->storage.reset(new Vector<unsigned char>[vectors]);
   }
@@ -908,8 +943,10 @@ inline Shared<T> shared(const char* key, int count) {
     array->declared = true;
     array->clear();
     size_t bytes = 0;
+    if (offset >= 0) check_place(block, *array);
     for (const auto& each : block.arrays)
-      if (each->declared) bytes += (size_t(each->count) * each->size + 15) / 16 * 16;
+      if (each->declared && each->offset < 0)
+        bytes += (size_t(each->count) * each->size + 15) / 16 * 16;
     if (bytes > kSharedBytes)
       fail("declares " + std::to_string(bytes) + " bytes of shared memory, of " +
            std::to_string(kSharedBytes));
@@ -978,8 +1015,10 @@ inline void cluster_barrier() {
 
 // ---- asynchronous copies ----
 
+namespace twin {
+
 template <class T>
-inline void copy_async(const Shared<T>& to, int i, const T* from) {
+inline void start_copy(const Shared<T>& to, int i, const void* from) {
   constexpr int count = Vector<T>::width;
   twin::Array& array = *to.array;
   Shared<T>::check_inside(array, i);
@@ -997,6 +1036,20 @@ inline void copy_async(const Shared<T>& to, int i, const T* from) {
   twin::Copy copy = {from, {}, bytes, &array.element(i), count};
   memcpy(copy.seen, from, 16);
   twin::current->groups.back().push_back(copy);
+}
+
+}  // namespace twin
+
+template <class T>
+inline void copy_async(const Shared<T>& to, int i, const T* from) {
+  twin::start_copy(to, i, from);
+}
+
+template <class T>
+inline void copy_async_if(bool there, const Shared<T>& to, int i, const T* from) {
+  alignas(16) static constexpr unsigned char zeros[16] = {};
+  twin::check_aligned(from, "copies from");
+  twin::start_copy(to, i, there ? static_cast<const void*>(from) : zeros);
 }
 
 inline void copy_async_commit() { twin::current->groups.emplace_back(); }
