@@ -9,7 +9,8 @@
 //   l = l 2^(m - m') + sum p     o = o 2^(m - m') + (R p) v
 //
 // m is rounded once, and l and o refer to that m, so what the rounding is does not matter. Of each
-// pair of a query and a key: an FFMA, an exponential, an FMNMX, an FADD and half a conversion.
+// pair of a query and a key: an FFMA, an exponential, an FMNMX, an FADD and half a conversion. Sums
+// are multiplied only if a maximum of the warp has grown.
 //
 // What a query may not look at is hidden by selecting. NaN and infinities would still spread from a
 // hidden value, as 0 * NaN; a block whose sum is not finite is computed again with zeros in their
@@ -26,13 +27,16 @@ template <int width>
 struct ForwardTiles {
   static constexpr int m_tiles = width <= 128 ? 2 : 1;
   static constexpr int rows = 16 * m_tiles * kAttentionWarps;
-  static constexpr int keys = width <= 128 ? 64 : 32;
+  static constexpr int keys = width <= 96 ? 64 : 32;
   static constexpr int blocks = 2;
   static constexpr int q = 0, k = q + rows * kPitch<width> * 2, v = k + keys * kPitch<width> * 2,
                        places = v + keys * kPitch<width> * 2,
                        votes = places + Queries<rows>::kPlaces * 4,
                        bytes = votes + kAttentionWarps * 4;
 };
+
+// From which exponents are counted: 0 before the first key that is seen.
+FASTGPT_DEVICE float level_of(float top) { return top == -INFINITY ? 0 : top; }
 
 template <class T, int width>
 FASTGPT_KERNEL(kAttentionThreads, (ForwardTiles<width>::blocks))
@@ -89,6 +93,8 @@ attention_forward(const AttentionForward a) {
       const Elements<false> at(warp_row, start);
       form_scores<false>(a, slope, queries, at, s, s);
       if (!range.all_seen(start, size)) hide(queries, at, -INFINITY, s);
+      bool grows = false;
+      float shrink[m_tiles][2];
       FASTGPT_UNROLLED for (int m = 0; m < m_tiles; ++m) {
         FASTGPT_UNROLLED for (int h = 0; h < 2; ++h) {
           float largest = s[m][0][2 * h];
@@ -98,9 +104,21 @@ attention_forward(const AttentionForward a) {
           largest = std::fmax(largest, shuffle_xor(largest, 1));
           largest = std::fmax(largest, shuffle_xor(largest, 2));
           const float above = std::fmax(top[m][h], largest * a.factor);
-          const float level = above == -INFINITY ? 0 : above;  // before the first key that is seen
-          const float shrink = exp2_approximate(top[m][h] - level);
+          grows |= above > top[m][h];
+          shrink[m][h] = exp2_approximate(top[m][h] - level_of(above));
           top[m][h] = above;
+        }
+      }
+      // After the first tiles it seldom does.
+      if (any(grows)) {
+        for_each(acc, [&](float& x, int m, int, int e) { x *= shrink[m][e / 2]; });
+        FASTGPT_UNROLLED for (int m = 0; m < m_tiles; ++m) {
+          FASTGPT_UNROLLED for (int h = 0; h < 2; ++h) sum[m][h] *= shrink[m][h];
+        }
+      }
+      FASTGPT_UNROLLED for (int m = 0; m < m_tiles; ++m) {
+        FASTGPT_UNROLLED for (int h = 0; h < 2; ++h) {
+          const float level = level_of(top[m][h]);
           float part = 0;
           FASTGPT_UNROLLED for (int n = 0; n < size / 8; ++n) {
             FASTGPT_UNROLLED for (int e = 2 * h; e < 2 * h + 2; ++e) {
@@ -108,11 +126,7 @@ attention_forward(const AttentionForward a) {
               part += s[m][n][e];
             }
           }
-          sum[m][h] = sum[m][h] * shrink + part;
-          FASTGPT_UNROLLED for (int n = 0; n < width / 8; ++n) {
-            acc[m][n][2 * h] *= shrink;
-            acc[m][n][2 * h + 1] *= shrink;
-          }
+          sum[m][h] += part;
         }
       }
       if (a.seeds) drop(a, queries, at, 1.0f, s);
@@ -143,7 +157,7 @@ attention_forward(const AttentionForward a) {
       total += shuffle_xor(total, 2);
       const int i = first + warp_row + 16 * m + 8 * h + lane_index() / 4;
       if (i >= a.queries) continue;
-      const float largest = top[m][h] == -INFINITY ? 0 : top[m][h];
+      const float largest = level_of(top[m][h]);
       const int64_t row = (int64_t(batch) * a.query_heads + head) * a.queries + i;
       if (lane_index() % 4 == 0) {
         store(a.row_max + row, largest);

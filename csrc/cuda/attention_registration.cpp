@@ -17,10 +17,13 @@ constexpr int64_t kLongest = 1 << 30;  // sequence
 
 template <class Void>
 Heads<Void> heads_of(Void* data, const Tensor& x) {
-  // The stride of a single one is never followed.
+  int64_t strides[3];
   bool vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 && x.size(3) % 8 == 0;
-  for (int64_t dim = 0; dim < 3; ++dim) vectors &= x.size(dim) == 1 || x.stride(dim) % 8 == 0;
-  return {data, x.stride(0), x.stride(1), x.stride(2), vectors};
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    strides[dim] = x.size(dim) == 1 ? 0 : x.stride(dim);  // that of a single one may be anything
+    vectors &= strides[dim] % 8 == 0;
+  }
+  return {data, strides[0], strides[1], strides[2], vectors};
 }
 Heads<const void> heads_of(const Tensor& x) { return heads_of(x.const_data_ptr(), x); }
 Heads<void> heads_of_result(const Tensor& x) { return heads_of(x.mutable_data_ptr(), x); }

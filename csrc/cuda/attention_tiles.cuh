@@ -308,20 +308,31 @@ struct Matrix {
   // there is nothing. What is no vector is there for others after a barrier.
   template <int count, int width>
   FASTGPT_DEVICE void copy(int start, const Shared<T>& to, int at) const {
-    constexpr int vectors_of_row = width / 8, all = count * vectors_of_row;
-    if (vectors) {
-      FASTGPT_UNROLLED for (int v = thread_index(); v < all; v += kAttentionThreads) {
-        const int r = v / vectors_of_row, column = v % vectors_of_row * 8;
-        const bool there = start + r < rows && column < columns;
-        const T* from = data + (there ? (start + r) * row + column : 0);
-        copy_async_if(there, to, at + r * kPitch<width> + column, from);
-      }
-    } else {
+    constexpr int in_row = width / 8;
+    if (!vectors) {
       FASTGPT_ROLLED for (int i = thread_index(); i < count * width; i += kAttentionThreads) {
         const int r = i / width, column = i % width;
         const bool there = start + r < rows && column < columns;
         to.store(at + r * kPitch<width> + column,
                  there ? load(data + (start + r) * row + column) : T{0});
+      }
+    } else if constexpr (kAttentionThreads % in_row == 0) {
+      // A thread stays in its column.
+      constexpr int step = kAttentionThreads / in_row;
+      static_assert(count % step == 0, "every thread has as many vectors");
+      const int r = thread_index() / in_row, column = thread_index() % in_row * 8;
+      const int there = column < columns ? rows - start - r : 0;
+      const T* from = data + (start + r) * row + column;
+      at += r * kPitch<width> + column;
+      FASTGPT_UNROLLED for (int i = 0; i < count; i += step, from += step * row) {
+        copy_async_if(i < there, to, at + i * kPitch<width>, from);
+      }
+    } else {
+      FASTGPT_ROLLED for (int v = thread_index(); v < count * in_row; v += kAttentionThreads) {
+        const int r = v / in_row, column = v % in_row * 8;
+        const bool there = start + r < rows && column < columns;
+        copy_async_if(there, to, at + r * kPitch<width> + column,
+                      there ? data + (start + r) * row + column : data);
       }
     }
   }
