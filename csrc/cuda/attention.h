@@ -52,7 +52,8 @@ struct Attention {
   float rescale;
 
   // Heads whose tiles are done together, before those of the next ones: so many query heads, or
-  // heads in the pass over the keys. What they read at once fits the second-level cache.
+  // heads in the pass over the keys. What they read at once fits the second-level cache. The launch
+  // says how many.
   int section;
 };
 
