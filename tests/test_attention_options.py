@@ -147,9 +147,7 @@ def heads_for(backend, B=2, Hq=4, H=2):
 
 
 # What the CUDA kernels, which take no mask, have in their host twin.
-MASKLESS = [
-    name for name in CASES if "mask" not in name and not name.startswith("everything")
-]
+MASKLESS = [name for name in CASES if "mask" not in name and not name.startswith("everything")]
 
 
 # ---- accuracy ----
@@ -677,7 +675,6 @@ def test_strides_of_a_learnt_mask_are_not_followed(backend, layout):
 # ---- what a query may not look at ----
 
 
-@pytest.mark.cuda_on_host(name=MASKLESS, dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(
     dtype=[torch.float32],
     name=["bottom right", "softcap", "cross documents", "dropout", "everything but documents"],
@@ -892,7 +889,6 @@ def test_the_kept_weights_are_not_those_of_the_definition():
 # ---- decoding ----
 
 
-@pytest.mark.cuda_on_host(name=MASKLESS, dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(dtype=[torch.float32], name=["everything but documents", "window",
                                                       "alibi for each batch", "sinks"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -35,10 +35,10 @@ struct Attention {
   bool hides;
 
   // The score of a product s is x = scale s, then softcap tanh(x / softcap) unless softcap is 0,
-  // less slope |place - j|; in log 2 units, factor x. `scaled` is false if that is factor s, with
-  // the scale in the factor, which is always positive.
+  // less slope |place - j|; and unless it is `scaled`, the product itself, with the scale in what
+  // follows. A score is `unit` of log e and `factor` of log 2, both above 0.
   bool scaled;
-  float scale, factor;
+  float scale, unit, factor;
   double softcap;
   // A number for each query head, or null; `_batch` is the stride of a sequence.
   const float* slopes;
@@ -62,9 +62,9 @@ struct Attention {
 struct AttentionForward : Attention {
   Heads<void> output;    // T
   Heads<void> rounding;  // T: what rounding took from the output
-  float* lse;            // row_max / log2(e) + log(row_sum)
-  float* row_max;        // the largest score in log 2 units, rounded: max_j factor x_j
-  float* row_sum;        // sum_j 2^(factor x_j - row_max), the sink among them
+  float* lse;            // unit row_max + log(row_sum)
+  float* row_max;        // the largest score x_j, the sink among them
+  float* row_sum;        // sum_j 2^(factor (x_j - row_max))
 };
 
 struct AttentionBackward : Attention {

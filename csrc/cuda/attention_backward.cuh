@@ -1,6 +1,6 @@
 // Attention, backward: two passes without atomics, so that every sum has one order.
 //
-//   p = 2^(factor x - m) / l     dp = R <g, v>              delta = <g, o> - h
+//   p = 2^(factor (x - m)) / l   dp = R <g, v>              delta = <g, o> - h
 //   ds = p (dp - delta)          dy = ds C'(scale s)
 //   dq = scale dy k              dk = scale dy^T q          dv = (R p)^T g
 //
@@ -60,7 +60,7 @@ FASTGPT_DEVICE void form_gradients(const AttentionBackward& a, float slope,
   form_scores<true>(a, slope, queries, at, s, dp);
   for_each(s, [&](float& x, int m, int n, int e) {
     const int r = at.query(m, n, e);
-    x = exp2_approximate(std::fma(x, a.factor, -queries.row_max(r))) * queries.inverse(r);
+    x = exp2_approximate((x - queries.row_max(r)) * a.factor) * queries.inverse(r);
     dp[m][n][e] *= x;
   });
   if (!all_seen) {
@@ -78,7 +78,7 @@ FASTGPT_DEVICE void form_weights(const AttentionBackward& a, float slope,
   form_scores<false>(a, slope, queries, at, s, s);
   for_each(s, [&](float& x, int m, int n, int e) {
     const int r = at.query(m, n, e);
-    x = exp2_approximate(std::fma(x, a.factor, -queries.row_max(r))) * queries.inverse(r);
+    x = exp2_approximate((x - queries.row_max(r)) * a.factor) * queries.inverse(r);
   });
   if (!all_seen) hide(queries, at, 0.0f, s);
   if (a.seeds) drop(a, queries, at, 1.0f, s);
@@ -139,7 +139,7 @@ attention_query_gradient(const AttentionBackward a) {
   for (int r = thread_index(); r < rows; r += kAttentionThreads) {
     queries.put_place(a, batch, head, r, first + r);
   }
-  const float sink = a.sinks ? load(a.sinks + batch * a.sinks_batch + head) * kLog2e : -INFINITY;
+  const float sink = a.sinks ? load(a.sinks + batch * a.sinks_batch + head) / a.unit : -INFINITY;
   FASTGPT_ROLLED for (int r = warp_row; r < warp_row + 16; ++r) {
     const int i = first + r;
     if (i >= a.queries) {
@@ -163,7 +163,7 @@ attention_query_gradient(const AttentionBackward a) {
     store(a.row_delta + row, delta);
     store(a.row_inverse + row, inverse);
     if (a.grad_sinks) {
-      const float p = exp2_approximate(sink - largest) * inverse;
+      const float p = exp2_approximate((sink - largest) * a.factor) * inverse;
       store(a.grad_sinks + row, p == 0 ? 0 : -p * delta);
     }
   }

@@ -5,12 +5,13 @@
 // product with the values. Tiles of keys and of values take turns: while one is multiplied, the
 // other arrives.
 //
-//   s = q k^T    x = score(s)    m' = max(m, factor x)    p = 2^(factor x - m')
-//   l = l 2^(m - m') + sum p     o = o 2^(m - m') + (R p) v
+//   s = q k^T    x = score(s)    m' = max(m, x)    p = 2^(factor (x - m'))
+//   l = l 2^(factor (m - m')) + sum p              o = o 2^(factor (m - m')) + (R p) v
 //
-// m is rounded once, and l and o refer to that m, so what the rounding is does not matter. Of each
-// pair of a query and a key: an FFMA, an exponential, an FMNMX, an FADD and half a conversion. Sums
-// are multiplied only if a maximum of the warp has grown.
+// The difference comes first: the largest weight is exactly 1, also in 16 bits, and where the
+// weights are all but certain o is that value exactly. Of each pair of a query and a key: an FMNMX,
+// an FADD, an FMUL, an exponential, an FADD and half a conversion. Sums are multiplied only if a
+// maximum of the warp has grown.
 //
 // What a query may not look at is hidden by selecting. NaN and infinities would still spread from a
 // hidden value, as 0 * NaN; a block whose sum is not finite is computed again with zeros in their
@@ -35,7 +36,7 @@ struct ForwardTiles {
                        bytes = votes + kAttentionWarps * 4;
 };
 
-// From which exponents are counted: 0 before the first key that is seen.
+// From which scores are counted: 0 before the first key that is seen.
 FASTGPT_DEVICE float level_of(float top) { return top == -INFINITY ? 0 : top; }
 
 template <class T, int width>
@@ -73,7 +74,7 @@ attention_forward(const AttentionForward a) {
   bool careful = false;
   for (;;) {
     for_each(acc, [](float& x, int, int, int) { x = 0; });
-    const float sink = a.sinks ? load(a.sinks + batch * a.sinks_batch + head) * kLog2e : -INFINITY;
+    const float sink = a.sinks ? load(a.sinks + batch * a.sinks_batch + head) / a.unit : -INFINITY;
     FASTGPT_UNROLLED for (int m = 0; m < m_tiles; ++m) {
       FASTGPT_UNROLLED for (int h = 0; h < 2; ++h) {
         top[m][h] = sink;
@@ -103,9 +104,9 @@ attention_forward(const AttentionForward a) {
           }
           largest = std::fmax(largest, shuffle_xor(largest, 1));
           largest = std::fmax(largest, shuffle_xor(largest, 2));
-          const float above = std::fmax(top[m][h], largest * a.factor);
+          const float above = std::fmax(top[m][h], largest);
           grows |= above > top[m][h];
-          shrink[m][h] = exp2_approximate(top[m][h] - level_of(above));
+          shrink[m][h] = exp2_approximate((top[m][h] - level_of(above)) * a.factor);
           top[m][h] = above;
         }
       }
@@ -122,7 +123,7 @@ attention_forward(const AttentionForward a) {
           float part = 0;
           FASTGPT_UNROLLED for (int n = 0; n < size / 8; ++n) {
             FASTGPT_UNROLLED for (int e = 2 * h; e < 2 * h + 2; ++e) {
-              s[m][n][e] = exp2_approximate(std::fma(s[m][n][e], a.factor, -level));
+              s[m][n][e] = exp2_approximate((s[m][n][e] - level) * a.factor);
               part += s[m][n][e];
             }
           }
@@ -162,7 +163,7 @@ attention_forward(const AttentionForward a) {
       if (lane_index() % 4 == 0) {
         store(a.row_max + row, largest);
         store(a.row_sum + row, total);
-        store(a.lse + row, largest * kLn2 + std::log(total));
+        store(a.lse + row, largest * a.unit + std::log(total));
       }
       const float inverse = total == 0 ? 0 : a.rescale / total;
       FASTGPT_UNROLLED for (int n = 0; n < width / 8; ++n) {

@@ -3,7 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <limits>
 #include <tuple>
 
 #include "../attention_tensors.h"
@@ -108,11 +107,12 @@ struct AttentionTensors {
     a.sinks_batch = sinks.batch;
     a.softcap = options.softcap;
     a.scale = float(options.scale);
-    // Rounded once; and a normal number, above 0.
-    a.factor = float(options.scale * log2e);
+    // A sink is put in units of the scale, which must leave it finite.
+    constexpr double least = 1e-6;
     a.scaled =
-        options.softcap != 0 || slopes.data || !(a.factor >= std::numeric_limits<float>::min());
-    if (a.scaled) a.factor = float(log2e);
+        options.softcap != 0 || slopes.data || !(options.scale > (sinks.data ? least : 1e-30));
+    a.unit = a.scaled ? 1 : a.scale;
+    a.factor = float((a.scaled ? 1 : options.scale) * log2e);
   }
 };
 

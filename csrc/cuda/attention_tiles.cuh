@@ -11,8 +11,6 @@
 
 namespace fastgpt::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 FASTGPT_DEVICE int smaller(int x, int y) { return x < y ? x : y; }
 FASTGPT_DEVICE int larger(int x, int y) { return x > y ? x : y; }
 FASTGPT_DEVICE int clamp_to(int64_t x, int low, int high) {
