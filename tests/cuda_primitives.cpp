@@ -1,7 +1,7 @@
-// Runs the kernels of cuda_primitives.cuh and cuda_primitives_hopper.cuh, and prints a line for each
-// case: its name and "passed", or what went wrong. Compiled by a C++ compiler they run in the host
-// twin, with more cases, of kernels that are wrong, whose launch must fail with the right words.
-// Compiled by nvcc (-x cu) they run on a GPU, those of Hopper on one of 9.0.
+// Runs the kernels of cuda_primitives.cuh and cuda_primitives_hopper.cuh, and prints a line for
+// each case: its name and "passed", or what went wrong. Compiled by a C++ compiler they run in the
+// host twin, with more cases, of kernels that are wrong, whose launch must fail with the right
+// words. Compiled by nvcc (-x cu) they run on a GPU, those of Hopper on one of 9.0.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

@@ -39,6 +39,66 @@ struct ForwardTiles {
 // From which scores are counted: 0 before the first key that is seen.
 FASTGPT_DEVICE float level_of(float top) { return top == -INFINITY ? 0 : top; }
 
+// What a warp found of the 16 queries from `first` on: the output, what rounding takes from it, and
+// the statistics, of which four threads have a part of each sum.
+template <class T, int n_tiles>
+FASTGPT_DEVICE void store_rows(const AttentionForward& a, int batch, int head, int first,
+                               const float (&acc)[n_tiles][4], const float (&top)[2],
+                               const float (&sum)[2]) {
+  T* const output = head_of<T>(a.output, batch, head);
+  T* const rounding = head_of<T>(a.rounding, batch, head);
+  FASTGPT_UNROLLED for (int h = 0; h < 2; ++h) {
+    float total = sum[h];
+    total += shuffle_xor(total, 1);
+    total += shuffle_xor(total, 2);
+    const int i = first + 8 * h + lane_index() / 4;
+    if (i >= a.queries) continue;
+    const float largest = level_of(top[h]);
+    const int64_t row = (int64_t(batch) * a.query_heads + head) * a.queries + i;
+    if (lane_index() % 4 == 0) {
+      store(a.row_max + row, largest);
+      store(a.row_sum + row, total);
+      store(a.lse + row, largest * a.unit + std::log(total));
+    }
+    const float inverse = total == 0 ? 0 : a.rescale / total;
+    FASTGPT_UNROLLED for (int n = 0; n < n_tiles; ++n) {
+      const int column = 8 * n + lane_index() % 4 * 2, there = a.value_dim - column;
+      const float x = acc[n][2 * h] * inverse, y = acc[n][2 * h + 1] * inverse;
+      const uint32_t both = narrow_pair<T>(x, y);
+      const float x_lost = x - widen(T{uint16_t(both)}),
+                  y_lost = y - widen(T{uint16_t(both >> 16)});
+      const bool aligned = a.value_dim % 2 == 0;
+      store_pair(output + i * a.output.row + column, there, aligned, both);
+      store_pair(rounding + i * a.rounding.row + column, there, aligned,
+                 narrow_pair<T>(x_lost, y_lost));
+    }
+  }
+}
+
+// To the outputs of the `rows` queries from `first` on, where they are stored, the values they see
+// that are not finite; by `threads` threads, of which this is one.
+template <class T>
+FASTGPT_DEVICE void add_what_is_not_finite(const AttentionForward& a, int batch, int head,
+                                           int first, int rows, int thread, int threads) {
+  T* const output = head_of<T>(a.output, batch, head);
+  T* const rounding = head_of<T>(a.rounding, batch, head);
+  const T* const value = head_of<T>(a.value, batch, head / a.group);
+  const int count = smaller(rows, a.queries - first) * a.value_dim;
+  FASTGPT_ROLLED for (int element = thread; element < count; element += threads) {
+    const int i = first + element / a.value_dim, column = element % a.value_dim;
+    const Span span = span_of(a, i);
+    float spread = 0;
+    FASTGPT_ROLLED for (int j = span.begin; j < span.end && spread == spread; ++j) {
+      const float x = widen(load(value + j * a.value.row + column));
+      if (!is_finite(x)) spread += x;
+    }
+    if (spread == 0) continue;
+    T* const to = output + i * a.output.row + column;
+    store(to, narrow<T>(widen(load(to)) + spread));
+    store(rounding + i * a.rounding.row + column, narrow<T>(NAN));
+  }
+}
+
 template <class T, int width>
 FASTGPT_KERNEL(kAttentionThreads, (ForwardTiles<width>::blocks))
 attention_forward(const AttentionForward a) {
@@ -149,52 +209,12 @@ attention_forward(const AttentionForward a) {
   }
   copy_async_wait<0>();
 
-  T* const output = head_of<T>(a.output, batch, head);
-  T* const rounding = head_of<T>(a.rounding, batch, head);
   FASTGPT_UNROLLED for (int m = 0; m < m_tiles; ++m) {
-    FASTGPT_UNROLLED for (int h = 0; h < 2; ++h) {
-      float total = sum[m][h];
-      total += shuffle_xor(total, 1);
-      total += shuffle_xor(total, 2);
-      const int i = first + warp_row + 16 * m + 8 * h + lane_index() / 4;
-      if (i >= a.queries) continue;
-      const float largest = level_of(top[m][h]);
-      const int64_t row = (int64_t(batch) * a.query_heads + head) * a.queries + i;
-      if (lane_index() % 4 == 0) {
-        store(a.row_max + row, largest);
-        store(a.row_sum + row, total);
-        store(a.lse + row, largest * a.unit + std::log(total));
-      }
-      const float inverse = total == 0 ? 0 : a.rescale / total;
-      FASTGPT_UNROLLED for (int n = 0; n < width / 8; ++n) {
-        const int column = 8 * n + lane_index() % 4 * 2, there = a.value_dim - column;
-        const float x = acc[m][n][2 * h] * inverse, y = acc[m][n][2 * h + 1] * inverse;
-        const uint32_t both = narrow_pair<T>(x, y);
-        const float x_lost = x - widen(T{uint16_t(both)}),
-                    y_lost = y - widen(T{uint16_t(both >> 16)});
-        const bool aligned = a.value_dim % 2 == 0;
-        store_pair(output + i * a.output.row + column, there, aligned, both);
-        store_pair(rounding + i * a.rounding.row + column, there, aligned,
-                   narrow_pair<T>(x_lost, y_lost));
-      }
-    }
+    store_rows<T>(a, batch, head, first + warp_row + 16 * m, acc[m], top[m], sum[m]);
   }
   if (!careful) return;
   block_barrier();
-  const int count = smaller(rows, a.queries - first) * a.value_dim;
-  FASTGPT_ROLLED for (int element = thread_index(); element < count; element += kAttentionThreads) {
-    const int i = first + element / a.value_dim, column = element % a.value_dim;
-    const Span span = span_of(a, i);
-    float spread = 0;
-    FASTGPT_ROLLED for (int j = span.begin; j < span.end && spread == spread; ++j) {
-      const float x = widen(load(value.data + j * value.row + column));
-      if (!is_finite(x)) spread += x;
-    }
-    if (spread == 0) continue;
-    T* const to = output + i * a.output.row + column;
-    store(to, narrow<T>(widen(load(to)) + spread));
-    store(rounding + i * a.rounding.row + column, narrow<T>(NAN));
-  }
+  add_what_is_not_finite<T>(a, batch, head, first, rows, thread_index(), kAttentionThreads);
 }
 
 }  // namespace fastgpt::cuda

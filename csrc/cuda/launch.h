@@ -60,6 +60,38 @@ int largest_cluster(Kernel*) {
 }
 #endif
 
+#ifdef __CUDACC__
+// Whether this kernel of Hopper's has a body on the current device. Code for 9.0 without the "a"
+// has none, nor has that of any other architecture; and such a kernel always has barriers in its
+// static shared memory.
+template <class Kernel>
+bool runs_on_hopper(Kernel* kernel) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 1: no, 2: yes
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaFuncAttributes attributes = {};
+    const bool answered = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+    answer = answered && attributes.sharedSizeBytes > 0 ? 2 : 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == 2;
+}
+#else
+// Whether the twin stands for a GPU of Hopper's, for the whole process.
+inline std::atomic<bool>& hopper_of_twin() {
+  static std::atomic<bool> hopper{false};
+  return hopper;
+}
+
+template <class Kernel>
+bool runs_on_hopper(Kernel*) {
+  return hopper_of_twin();
+}
+#endif
+
 // So that the types of the parameters are the kernel's, whatever is given.
 template <class T>
 struct Given {

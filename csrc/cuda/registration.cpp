@@ -155,16 +155,21 @@ Tensor reduced_backward(Tensor grad_loss, Tensor logits, Tensor target,
 
 #ifdef FASTGPT_TWIN
 void set_largest_cluster(int64_t blocks) { largest_cluster_of_twin() = int(blocks); }
+void set_hopper(bool on) { hopper_of_twin() = on; }
 #endif
 
 }  // namespace
 }  // namespace fastgpt::cuda
 
 #ifdef FASTGPT_TWIN
-// To stand for a GPU without clusters, or with them.
-STABLE_TORCH_LIBRARY(fastgpt_twin_settings, m) { m.def("largest_cluster(int blocks) -> ()"); }
+// To stand for a GPU without clusters, or with them; and for one that runs Hopper's kernels.
+STABLE_TORCH_LIBRARY(fastgpt_twin_settings, m) {
+  m.def("largest_cluster(int blocks) -> ()");
+  m.def("hopper(bool on) -> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(fastgpt_twin_settings, CompositeExplicitAutograd, m) {
   m.impl("largest_cluster", TORCH_BOX(&fastgpt::cuda::set_largest_cluster));
+  m.impl("hopper", TORCH_BOX(&fastgpt::cuda::set_hopper));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt_twin, CPU, m) {
