@@ -148,7 +148,7 @@ CUDA = on_cuda()
 
 
 def limited_as_twin(item: pytest.Item) -> bool:
-    """Whether it is a test of CUDA's kernels on a GPU that is kept only where that of their twin is:
+    """Whether it is a test of CUDA's kernels on a GPU that is kept where that of their twin is:
     one of another op than cross-entropy, since those take some types and options only.
     """
     values = getattr(getattr(item, "callspec", None), "params", {}).values()
