@@ -89,7 +89,9 @@ def test_a_head_dim_is_wrong(on_twin, head_dim, dtype):
     assert_exact(on_twin, inputs, is_causal=True)
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 1), (33, 7), (72, 40), (100, 128), (8, 136)])
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(1, 1), (33, 7), (72, 40), (100, 128), (8, 136)]
+)
 def test_a_head_dim_between_the_widths_is_wrong(on_twin, head_dim, value_dim):
     inputs = random_qkv(1, 1, 1, 20, 70, head_dim, value_dim, dtype=torch.float16)
     assert_exact(on_twin, inputs)
