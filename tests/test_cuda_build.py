@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = [
     f"fastgpt::cross_entropy_{which}"
     for which in ("forward", "backward", "backward_in_place", "reduced", "reduced_backward")
-]
+] + [f"fastgpt::attention_{which}" for which in ("forward", "backward")]
 
 spec = importlib.util.spec_from_file_location("fastgpt_setup_of_cuda", ROOT / "setup.py")
 setup = importlib.util.module_from_spec(spec)
@@ -66,12 +66,17 @@ class Kernel(NamedTuple):
 
 
 def read_kernels(log: str, ptx: Iterable[str]) -> list[Kernel]:
-    """The kernels that ptxas reports in the log, with the bounds that stand in their PTX."""
-    bounds = {}
+    """The kernels that ptxas reports in the log, with the bounds that stand in their PTX; and the
+    dynamic shared memory, which FASTGPT_DYNAMIC_SHARED_BYTES leaves there.
+    """
+    bounds, dynamic = {}, {}
     for text in ptx:
         architecture = re.search(r"^\.target (\w+)", text, re.M)[1]
-        for entry in re.finditer(r"\.entry (\w+)\(.*?\)(.*?)\{", text, re.S):
-            bounds[architecture, entry[1]] = entry[2]
+        for entry in text.split(".entry ")[1:]:
+            name, stated = re.match(r"(\w+)\(.*?\)(.*?)\{", entry, re.S).groups()
+            bounds[architecture, name] = stated
+            told = re.search(r"// dynamic shared memory: (\d+)", entry)
+            dynamic[architecture, name] = int(told[1]) if told else 0
     kernels = []
     for text in log.split("Compiling entry function ")[1:]:
         name, architecture = re.match(r"'(\w+)' for '(\w+)'", text).groups()
@@ -85,7 +90,7 @@ def read_kernels(log: str, ptx: Iterable[str]) -> list[Kernel]:
             stack=stack,
             spill_stores=stores,
             spill_loads=loads,
-            shared_memory=int(shared[1]) if shared else 0,
+            shared_memory=(int(shared[1]) if shared else 0) + dynamic[architecture, name],
         )
         stated = bounds[architecture, name]
         threads = re.search(r"\.(?:max|req)ntid (\d+)(?:, (\d+), (\d+))?", stated)
@@ -222,6 +227,12 @@ PTX = """\
         ("Used 64", "Used 65", ["a multiprocessor holds 3 blocks, not 4"]),
         ("1024 bytes smem", "57345 bytes smem", ["a multiprocessor holds 3 blocks, not 4"]),
         ("1024 bytes smem", "57344 bytes smem", []),
+        (".minnctapersm 4\n{\n", ".minnctapersm 4\n{\n// dynamic shared memory: 56320\n", []),
+        (
+            ".minnctapersm 4\n{\n",
+            ".minnctapersm 4\n{\n// dynamic shared memory: 56321\n",
+            ["a multiprocessor holds 3 blocks, not 4"],
+        ),
         (".maxntid 256, 1, 1", ".maxntid 256, 2, 1", ["a multiprocessor holds 2 blocks, not 4"]),
         (".maxntid 256, 1, 1", ".reqntid 256", []),
         (".maxntid 256, 1, 1", "", ["does not state its threads and blocks"]),
