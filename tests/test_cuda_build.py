@@ -108,6 +108,15 @@ def read_kernels(log: str, ptx: Iterable[str]) -> list[Kernel]:
     return kernels
 
 
+def serialised(log: str) -> list[str]:
+    """What ptxas says of products of warpgroups that it does not leave under way: it waits for them
+    where the kernel does not.
+    """
+    return re.findall(r"^.*\bwgmma\.mma_async instructions are serialized.*$", log, re.M) + (
+        re.findall(r"^.*\bwarpgroup\.(?:wait|arrive) is injected.*$", log, re.M)
+    )
+
+
 # ---- what is built ----
 
 
@@ -271,6 +280,38 @@ def test_a_cuda_kernel_spills_or_does_not_fit_its_multiprocessor(built):
         for complaint in kernel.complaints()
     ]
     assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.slow
+def test_serialised_products_pass(tmp_path):
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "broken_hopper_kernels.cu", folder)
+    shutil.copy(ROOT / "csrc" / "cuda" / "primitives.cuh", folder)
+    found = serialised(build(tmp_path, tmp_path / "built", architectures="9.0a", link=False).log)
+    assert any("instructions are serialized" in line for line in found)
+    assert any("is injected" in line for line in found)
+    assert all("10serialised" in line for line in found), found
+
+
+@pytest.mark.slow
+def test_hoppers_products_are_serialised_or_its_registers_do_not_add_up(built):
+    assert not serialised(built.log)
+    kernels = [
+        kernel
+        for kernel in built.kernels
+        if kernel.architecture == "sm_90a" and "_hopper" in kernel.name
+    ]
+    assert len(kernels) == 4  # two types, two widths
+    for kernel in kernels:
+        assert kernel.threads == 384
+        # What a thread has until its warpgroup gives or takes: all of a multiprocessor's.
+        assert kernel.used.registers == 65536 // 384 // 8 * 8
+    ptx = "".join(path.read_text() for path in built.folder.glob("kept/*.ptx"))
+    given = {int(n) for n in re.findall(r"setmaxnreg\.dec\.sync\.aligned\.u32 (\d+)", ptx)}
+    taken = {int(n) for n in re.findall(r"setmaxnreg\.inc\.sync\.aligned\.u32 (\d+)", ptx)}
+    assert (given, taken) == ({24}, {240})  # attention_hopper.cuh
+    assert 128 * 24 + 256 * 240 <= 65536
 
 
 @pytest.mark.slow
