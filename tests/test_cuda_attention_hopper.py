@@ -2,6 +2,11 @@
 two warpgroups by turns, and the tensors that can be copied in boxes.
 """
 
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 import twin
@@ -10,6 +15,7 @@ from backends import TWIN, activate
 from oracle import REDUCED_DTYPES, random_qkv
 from test_cuda_attention import assert_exact
 
+PROGRAM = Path(__file__).parent / "cuda_attention_hopper.cpp"
 BLOCK = TILE = 128  # queries, and keys
 
 
@@ -101,3 +107,35 @@ def test_a_layout_is_copied_wrongly(hopper, layout):
     if layout != "a single row":  # whose few numbers may be those of the other kernels
         assert runs_on_hopper(hopper, (query, key, value)) == (layout == "heads inside")
     assert_exact(hopper, (query, key, value))
+
+
+# Of four tiles, what nothing depends on: the last two arrivals of the keys' and of the values'
+# stages, which are not filled again; and the wait for the second stage of keys, since that for the
+# first one of values says as much: both warpgroups have multiplied those keys before.
+NOT_NEEDED = {("arrival", n) for n in (3, 5, 6, 7)} | {("empty", 2)}
+
+
+@pytest.mark.slow
+def test_a_missing_wait_fence_or_arrival_goes_unnoticed(tmp_path):
+    """Each of them is left out of the kernel in turn, on the host: the twin must find that, or the
+    results must be others.
+    """
+    program = tmp_path / "attention"
+    compiler = twin.setup().find_compiler()
+    flags = shlex.split("-std=c++17 -O1 -Wall -Wextra -Werror")
+    build = subprocess.run(
+        [*compiler, *flags, str(PROGRAM), "-o", str(program)], capture_output=True, text=True
+    )
+    assert build.returncode == 0, build.stderr
+    run = subprocess.run([str(program)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    outcomes = {
+        (what, int(n)): outcome
+        for what, n, outcome in re.findall(r"^without (\w+) (\d+): (.*)$", run.stdout, re.M)
+    }
+    counts = {what: sum(1 for kind, _ in outcomes if kind == what) for what, _ in outcomes}
+    assert counts == {
+        "block_barrier": 1, "fence_barriers": 1, "warpgroup_fence": 5, "warpgroup_wait": 8,
+        "full": 9, "empty": 4, "arrival": 8,
+    }  # fmt: skip
+    assert {what for what, outcome in outcomes.items() if outcome == "passed"} == NOT_NEEDED
