@@ -302,7 +302,7 @@ def test_hoppers_products_are_serialised_or_its_registers_do_not_add_up(built):
         for kernel in built.kernels
         if kernel.architecture == "sm_90a" and "_hopper" in kernel.name
     ]
-    assert len(kernels) == 4  # two types, two widths
+    assert len(kernels) == 8  # two types, two widths, with options and without
     for kernel in kernels:
         assert kernel.threads == 384
         # What a thread has until its warpgroup gives or takes: all of a multiprocessor's.

@@ -101,7 +101,7 @@ struct KeyStream {
 
 // What a thread of a warpgroup that multiplies holds: elements of the two rows lane / 4 and the
 // eighth after it, of the 16 of its warp.
-template <class T, int width>
+template <class T, int width, bool plain>
 struct Rows {
   static constexpr int n_tiles = kHopperKeys / 8;
   float s[1][n_tiles][4];
@@ -137,7 +137,7 @@ struct Rows {
   // Makes weights of products.
   FASTGPT_DEVICE void soften(const Attention& a, float slope, const Queries<kHopperRows>& queries,
                              const Elements<false>& at, bool all_seen) {
-    form_scores<false>(a, slope, queries, at, s, s);
+    if constexpr (!plain) form_scores<false>(a, slope, queries, at, s, s);
     if (!all_seen) hide(queries, at, -INFINITY, s);
     grows = false;
     FASTGPT_UNROLLED for (int h = 0; h < 2; ++h) {
@@ -160,7 +160,9 @@ struct Rows {
       }
       sum[h] = sum[h] * shrink[h] + part;
     }
-    if (a.seeds) drop(a, queries, at, 1.0f, s);
+    if constexpr (!plain) {
+      if (a.seeds) drop(a, queries, at, 1.0f, s);
+    }
   }
 
   // After `soften`, when no product uses them: the sums from the new maximum on, and p.
@@ -188,7 +190,9 @@ FASTGPT_DEVICE void make_tile_finite(const Shared<T>& tile, int at) {
 
 #endif
 
-template <class T, int width>
+// `plain`: a score is its product, and there is no dropout. The code of these options is several
+// times that of all else.
+template <class T, int width, bool plain>
 FASTGPT_KERNEL(kHopperThreads, 1)
 attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT HopperMaps maps) {
 #ifdef FASTGPT_HOPPER
@@ -256,7 +260,7 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT H
   constexpr int both = kHopperThreads - kWarpgroup;
   const float slope = slope_of(a, batch, head);
   const float sink = a.sinks ? load(a.sinks + batch * a.sinks_batch + head) / a.unit : -INFINITY;
-  Rows<T, width> rows;
+  Rows<T, width, plain> rows;
   if (tiles > 0) q_full.wait(0, 0);
   bool careful = false;
   for (;; careful = true) {
@@ -296,6 +300,7 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT H
         warpgroup_wait<1>(rows.s);
         stream.release(k_empty, step + t);
         soften(t);
+        pin(rows.s);  // or the compiler softens after the wait, with idle tensor cores
         warpgroup_wait<0>(rows.o, rows.p);
         stream.release(v_empty, step + t - 1);
         rows.shrink_and_round();
@@ -349,8 +354,10 @@ void launch_attention_forward_hopper(AttentionForward a, int section, void* stre
       map_of_heads<T>(a.key, a.batch, a.heads, a.keys, a.head_dim, kHopperKeys),
       map_of_heads<T>(a.value, a.batch, a.heads, a.keys, a.value_dim, kHopperKeys)};
   const int64_t tiles = (int64_t(a.queries) + kHopperRows - 1) / kHopperRows;
+  const bool plain = !a.scaled && a.softcap == 0 && !a.slopes && !a.seeds;
   launch(
-      &attention_forward_hopper<T, width>,
+      plain ? &attention_forward_hopper<T, width, true>
+            : &attention_forward_hopper<T, width, false>,
       Grid{int64_t(a.batch) * a.query_heads * tiles, kHopperThreads, 1, HopperTiles<width>::bytes},
       Stream(stream), a, maps);
 }

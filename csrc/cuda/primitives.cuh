@@ -651,7 +651,8 @@ FASTGPT_DEVICE Across<T> across(const Shared<T>& tile, int i, int slab) {
   return {matrix_descriptor(tile.data + i, slab * int(sizeof(T)) >> 4)};
 }
 
-// To the compiler they change here: nothing that uses them is moved from one side to the other.
+// To the compiler they change here: nothing that makes or uses them is moved from one side to the
+// other, nor past the waits and barriers on that side.
 FASTGPT_DEVICE void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 FASTGPT_DEVICE void pin(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
 template <class T, int count>

@@ -800,6 +800,9 @@ inline float widen_bits(uint16_t bits) {
 
 }  // namespace twin
 
+template <class Registers>
+inline void pin(Registers&) {}
+
 template <class... Registers>
 inline void warpgroup_fence(Registers&... registers) {
   twin::check_warpgroup();
