@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import triton
 
 from fastgpt.backends.triton import aot
 from fastgpt.backends.triton.chips import CHIPS
@@ -312,6 +313,37 @@ def test_hoppers_products_are_serialised_or_its_registers_do_not_add_up(built):
     taken = {int(n) for n in re.findall(r"setmaxnreg\.inc\.sync\.aligned\.u32 (\d+)", ptx)}
     assert (given, taken) == ({24}, {240})  # attention_hopper.cuh
     assert 128 * 24 + 256 * 240 <= 65536
+
+
+def overlapped(sass: str) -> list[int]:
+    """Of each of Hopper's forward kernels, the exponentials between the wait for a product of keys
+    and that for the product of values which is under way.
+    """
+    found = []
+    for code in sass.split("Function : ")[1:]:
+        if "attention_forward_hopper" in code.split("\n", 1)[0]:
+            _, after = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code)
+            found.append(after.split("WARPGROUP.DEPBAR")[0].count("MUFU.EX2"))
+    return found
+
+
+@pytest.mark.slow
+def test_hoppers_tensor_cores_idle_under_a_softmax(built):
+    """64 exponentials of a thread, and two of the maxima; ptxas once put them behind the wait."""
+    objects = [
+        built.folder / "csrc" / "cuda" / f"attention_{dtype}_{width}.cu.o"
+        for dtype in ("bfloat16", "float16")
+        for width in (64, 128)
+    ]
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for path in objects:
+        sass = subprocess.run(
+            [disassembler, "-arch", "sm_90a", "-sass", path],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        counts = overlapped(sass)
+        assert len(counts) == 2, path
+        assert min(counts) >= 66, (path, counts)
 
 
 @pytest.mark.slow

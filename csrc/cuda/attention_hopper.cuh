@@ -300,7 +300,9 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT H
         warpgroup_wait<1>(rows.s);
         stream.release(k_empty, step + t);
         soften(t);
-        pin(rows.s);  // or the compiler softens after the wait, with idle tensor cores
+        // Or it is softened after the wait, with idle tensor cores.
+        pin(rows.s);
+        finish(rows.sum[0] + rows.sum[1]);
         warpgroup_wait<0>(rows.o, rows.p);
         stream.release(v_empty, step + t - 1);
         rows.shrink_and_round();

@@ -661,6 +661,18 @@ FASTGPT_DEVICE void pin(T (&registers)[count]) {
   for (int i = 0; i < count; ++i) pin(registers[i]);
 }
 
+// What makes `x`, a number not below 0, is done before the wait that follows: ptxas moves
+// arithmetic past a wait, but not past what might let others run.
+FASTGPT_DEVICE void finish(float x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.lt.f32 p, %0, 0f00000000;\n"
+      "@p nanosleep.u32 0;\n"
+      "}" ::"f"(x)
+      : "memory");
+}
+
 // Before a product that uses these registers, which were used by something else.
 template <class... Registers>
 FASTGPT_DEVICE void warpgroup_fence(Registers&... registers) {
