@@ -1,5 +1,5 @@
-"""From a measurement of cross-entropy on a GPU: whether its CUDA or its Triton kernels run there by
-default.
+"""From a measurement of cross-entropy or attention on a GPU: whether its CUDA or its Triton kernels
+run there by default.
 
 python -m benchmarks.defaults benchmarks/results/DATE-cross-entropy-cuda.json           # print it
 python -m benchmarks.defaults benchmarks/results/DATE-cross-entropy-cuda.json --write   # store it
@@ -20,6 +20,8 @@ from typing import Any
 from benchmarks import peers
 from fastgpt.files import atomic_path
 
+# As a report calls them, and as the table of backends does.
+OPS = {"cross_entropy": "cross_entropy", "attention": "scaled_dot_product_attention"}
 MEASURED = Path(__file__).parent.parent / "fastgpt" / "backends" / "measured.json"
 
 
@@ -30,8 +32,9 @@ class UnfitError(Exception):
 def entry(record: Mapping[str, Any]) -> dict[str, Any]:
     """The entry of a result file. Raises UnfitError with the reason."""
     where = record.get("machine", {})
-    if record.get("op") != "cross_entropy":
-        raise UnfitError(f"expected a result of cross_entropy, got one of {record.get('op')}")
+    op = record.get("op")
+    if op not in OPS:
+        raise UnfitError(f"expected a result of {' or '.join(OPS)}, got one of {op}")
     if where.get("device") != "cuda":
         raise UnfitError(f"expected a result from a GPU, got one from a {where.get('device')}")
     needed = {"date": record.get("date")}
@@ -45,7 +48,7 @@ def entry(record: Mapping[str, Any]) -> dict[str, Any]:
     ratios = _ratios(record["comparisons"])
     major, minor = needed["capability"].split(".")
     return {
-        "op": record["op"],
+        "op": OPS[op],
         "chip": f"sm_{major}{minor}",
         "gpu": needed["gpu"],
         "date": needed["date"],
@@ -98,7 +101,7 @@ def main(arguments: Sequence[str] | None = None, measured: Path = MEASURED) -> N
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("result", type=Path, help="a JSON of the report's, of cross-entropy")
+    parser.add_argument("result", type=Path, help="a JSON of the report's")
     parser.add_argument("--write", action="store_true", help="store it in measured.json")
     options = parser.parse_args(arguments)
     try:

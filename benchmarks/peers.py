@@ -213,16 +213,16 @@ def _rows_only(shape: CrossEntropyShape) -> None:
         raise UnavailableError("takes (N, C) only")
 
 
-def _held(backend: str) -> Callable[[CrossEntropyShape], Function]:
+def _held(function: Function, backend: str) -> Callable[[Shape], Function]:
     """fastgpt's function, held to one of its backends. The backward runs the kernels of the backend
     that its forward chose, wherever autograd calls it.
     """
 
-    def build(shape: CrossEntropyShape) -> Function:
-        arguments = shape.inputs().arguments
+    def build(shape: Shape) -> Function:
+        inputs = shape.inputs()
         try:
             with fastgpt.backend(backend):
-                explanation = fastgpt.explain(fastgpt.cross_entropy, *arguments)
+                explanation = fastgpt.explain(function, *inputs.arguments, **inputs.keywords)
         except RuntimeError as error:  # it can run nothing on this machine
             raise UnavailableError(str(error)) from error
         if explanation.backend != backend:
@@ -230,7 +230,7 @@ def _held(backend: str) -> Callable[[CrossEntropyShape], Function]:
 
         def held(*arguments: Any, **keywords: Any) -> Tensor:
             with fastgpt.backend(backend):
-                return fastgpt.cross_entropy(*arguments, **keywords)
+                return function(*arguments, **keywords)
 
         return held
 
@@ -305,8 +305,8 @@ def _flex_attention(shape: AttentionShape) -> Function:
 # The first row is what a user gets, one of the next two.
 CUDA_CROSS_ENTROPY = (
     Provider(FASTGPT, lambda shape: fastgpt.cross_entropy),
-    Provider(CUDA, _held("native")),
-    Provider(TRITON, _held("triton")),
+    Provider(CUDA, _held(fastgpt.cross_entropy, "native")),
+    Provider(TRITON, _held(fastgpt.cross_entropy, "triton")),
     Provider(EAGER, lambda shape: F.cross_entropy),
     Provider(COMPILED, _compiled_cross_entropy, _ALLOWED),
     Provider(NAIVE, _naive_cross_entropy, allowed=None),
@@ -316,6 +316,8 @@ CUDA_CROSS_ENTROPY = (
 
 CUDA_ATTENTION = (
     Provider(FASTGPT, lambda shape: fastgpt.scaled_dot_product_attention),
+    Provider(CUDA, _held(fastgpt.scaled_dot_product_attention, "native")),
+    Provider(TRITON, _held(fastgpt.scaled_dot_product_attention, "triton")),
     Provider(EAGER, lambda shape: F.scaled_dot_product_attention),
     Provider("SDPA flash", _sdpa("FLASH_ATTENTION"), _ALLOWED),
     Provider("SDPA cuDNN", _sdpa("CUDNN_ATTENTION"), _ALLOWED),

@@ -23,6 +23,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "attention_tensors.h"
 #include "cpu/kernels.h"
 #include "cross_entropy_tensors.h"
 
@@ -485,25 +486,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward
 
 // ---- attention ----
 
-// The kernels read rows of unit stride. vmap, transposes and expanded upstream gradients bring
-// others.
-Tensor with_unit_columns(const Tensor& x) {
-  return x.size(3) == 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-}
-
 Heads<const void> heads_of(const Tensor& x) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 Heads<void> heads_of_result(const Tensor& x) {
   return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-// (B, H, N, columns), in memory as (B, N, H, columns): what a model makes of it next is a view. Not
-// the transpose of a new tensor, which autograd would take for a view of somebody's.
-Tensor new_heads(const Tensor& heads, int64_t columns) {
-  const int64_t B = heads.size(0), H = heads.size(1), N = heads.size(2);
-  return new_strided(heads, {B, H, N, columns}, {N * H * columns, columns, H * columns, 1});
 }
 
 AttentionMask mask_of(const std::optional<Tensor>& mask, const Tensor& query, int64_t keys) {
@@ -531,34 +519,10 @@ AttentionMask mask_of(const std::optional<Tensor>& mask, const Tensor& query, in
           {mask->size(0), mask->size(1), mask->size(2), mask->size(3)}};
 }
 
-// A number for each head, (B or 1, Hq): the data, contiguous, and the stride of a sequence.
-struct OfHeads {
-  std::optional<Tensor> kept;
-  const void* data = nullptr;
-  int64_t batch = 0;
-
-  OfHeads(const char* name, const std::optional<Tensor>& x, const Tensor& query) {
-    if (!x.has_value()) return;
-    STD_TORCH_CHECK(x->dim() == 2 && (x->size(0) == 1 || x->size(0) == query.size(0)) &&
-                        x->size(1) == query.size(1) &&
-                        x->scalar_type() == accumulator_of(dtype_of(query)),
-                    "expected ", name, " (B or 1, Hq) in the accumulator type");
-    kept = torch::stable::contiguous(*x);
-    data = kept->const_data_ptr();
-    batch = x->size(0) == 1 ? 0 : x->size(1);
-  }
-};
-
-// The raw operators' arguments after the tensors, in order.
-struct AttentionOptions {
-  int64_t left, right, offset;
-  double scale, softcap, dropout_p;
-};
-
 // The kernels' arguments, with the memory that they point to.
 struct AttentionTensors {
   OfHeads slopes, sinks;
-  std::optional<Tensor> seeds;
+  Dropout dropout;
   std::vector<int64_t> spans;
   Attention arguments;
 
@@ -569,18 +533,9 @@ struct AttentionTensors {
                    const std::optional<Tensor>& given_seeds, const AttentionOptions& options)
       : slopes("alibi_slopes", alibi_slopes, query),
         sinks("sinks", sink_logits, query),
+        dropout(given_seeds, query, options.dropout_p),
         arguments{} {
-    STD_TORCH_CHECK(key.size(0) == query.size(0) && value.size(0) == query.size(0) &&
-                        key.size(1) == value.size(1) && key.size(1) > 0 &&
-                        query.size(1) % key.size(1) == 0 && key.size(2) == value.size(2) &&
-                        key.size(3) == query.size(3),
-                    "expected query (B, Hq, L, D), key (B, H, S, D) and value (B, H, S, Dv), Hq a "
-                    "multiple of H");
-    STD_TORCH_CHECK(
-        key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
-        "expected query, key and value of one type");
-    STD_TORCH_CHECK(query.numel() > 0 && key.numel() > 0 && value.numel() > 0,
-                    "expected query, key and value that are not empty");
+    check_heads(query, key, value);
     Attention& a = arguments;
     a.batch = query.size(0);
     a.query_heads = query.size(1);
@@ -597,20 +552,7 @@ struct AttentionTensors {
     a.slopes_batch = slopes.batch;
     a.sinks = sinks.data;
     a.sinks_batch = sinks.batch;
-    a.rescale = 1;
-    if (given_seeds.has_value()) {
-      STD_TORCH_CHECK(given_seeds->dim() == 1 && given_seeds->size(0) == a.batch &&
-                          given_seeds->scalar_type() == ScalarType::Long,
-                      "expected seeds (B,) of int64");
-      STD_TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p <= 1,
-                      "expected a dropout_p between 0 and 1");
-      seeds = torch::stable::contiguous(*given_seeds);
-      a.seeds = static_cast<const int64_t*>(seeds->const_data_ptr());
-      // As fastgpt/ops/dropout.py: to the nearest, to even.
-      const double below = std::nearbyint(options.dropout_p * 4294967296.0);
-      a.drop_below = uint32_t(std::min(below, 4294967295.0));
-      a.rescale = options.dropout_p < 1 ? 1 / (1 - options.dropout_p) : 0;
-    }
+    dropout.put_in(a);
     a.query = heads_of(query);
     a.key = heads_of(key);
     a.value = heads_of(value);
@@ -651,14 +593,6 @@ void run_attention(const PhasedKernel<Arguments>& kernel, const Arguments& a, co
   const double work = double(a.batch * a.query_heads) * double(a.queries) * double(a.keys) *
                       double(a.head_dim + a.value_dim);
   Phases<Arguments>(kernel, a, work, like).run(a);
-}
-
-// Rows of unit stride, for the kernels, of tensors of four dimensions.
-void prepare(std::initializer_list<Tensor*> tensors) {
-  for (Tensor* x : tensors) {
-    STD_TORCH_CHECK(x->dim() == 4, "expected tensors of four dimensions, (B, heads, N, columns)");
-    *x = with_unit_columns(*x);
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
@@ -703,23 +637,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   AttentionBackward arguments;
   static_cast<Attention&>(arguments) = tensors.arguments;
   const ScalarType accumulator = accumulator_of(dtype);
-  const bool rounded = accumulator != query.scalar_type();
   const int64_t B = query.size(0), H = query.size(1), L = query.size(2);
-  const Tensor* outputs[] = {&grad_output, &output, &rounding};
-  for (const Tensor* x : outputs) {
-    const int64_t columns = x != &rounding || rounded ? value.size(3) : 0;
-    STD_TORCH_CHECK(x->size(0) == B && x->size(1) == H && x->size(2) == L &&
-                        x->size(3) == columns && x->scalar_type() == query.scalar_type(),
-                    "expected grad_output, output and, of 16-bit types, rounding (B, Hq, L, Dv) of "
-                    "query's type");
-  }
-  const auto per_row = [&](Tensor& x) {
-    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == B && x.size(1) == H && x.size(2) == L &&
-                        x.scalar_type() == accumulator,
-                    "expected grad_lse, row_max and row_sum (B, Hq, L) in the accumulator type");
-    x = torch::stable::contiguous(x);
-    return x.const_data_ptr();
-  };
+  check_outputs(query, value, grad_output, output, rounding);
   STD_TORCH_CHECK(!of_mask || (mask.has_value() && mask->scalar_type() != ScalarType::Bool),
                   "expected an additive attn_mask, whose gradient is asked for");
   Tensor grad_query = new_heads(query, query.size(3));
@@ -735,9 +654,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   arguments.grad_output = heads_of(grad_output);
   arguments.output = heads_of(output);
   arguments.rounding = heads_of(rounding);
-  arguments.grad_lse = grad_lse.has_value() ? per_row(*grad_lse) : nullptr;
-  arguments.row_max = per_row(row_max);
-  arguments.row_sum = per_row(row_sum);
+  arguments.grad_lse = grad_lse.has_value() ? rows_of(query, *grad_lse) : nullptr;
+  arguments.row_max = rows_of(query, row_max);
+  arguments.row_sum = rows_of(query, row_sum);
   arguments.grad_query = heads_of_result(grad_query);
   arguments.grad_key = heads_of_result(grad_key);
   arguments.grad_value = heads_of_result(grad_value);

@@ -19,7 +19,7 @@ import fastgpt
 from benchmarks.memory import peak_bytes
 from fastgpt import dispatch
 from fastgpt.backends import native
-from fastgpt.ops import cross_entropy
+from fastgpt.ops import attention, cross_entropy
 
 interpreter.load_kernels()
 if not interpreter.ON:
@@ -129,6 +129,7 @@ class Backend:
 
 
 NATIVE_LAUNCHER = cross_entropy.LAUNCHERS["native"]
+NATIVE_ATTENTION = attention.LAUNCHERS["native"]
 EAGER = Backend("eager")
 NATIVE = [Backend("native", isa) for isa in native.isas()] or [Backend("native")]
 TRITON = Backend("triton")
@@ -136,8 +137,8 @@ TWIN = Backend("native", twin=True)  # of tests that are marked so
 
 
 def on_cuda() -> list[Backend]:
-    """The native kernels of a GPU, where torch sees one and they were built. They are those of
-    cross-entropy. That they are there on a GPU is tested in tests/device.
+    """The native kernels of a GPU, where torch sees one and they were built. That they are there on
+    a GPU is tested in tests/device.
     """
     backend = Backend("native", device="cuda")
     return [backend] if torch.cuda.is_available() and not backend.reason() else []
@@ -146,8 +147,10 @@ def on_cuda() -> list[Backend]:
 CUDA = on_cuda()
 
 
-def lacks_cuda(item: pytest.Item) -> bool:
-    """Whether it is a test of CUDA's kernels of another op than cross-entropy: there are none."""
+def limited_as_twin(item: pytest.Item) -> bool:
+    """Whether it is a test of CUDA's kernels on a GPU that is kept where that of their twin is:
+    one of another op than cross-entropy, since those take some types and options only.
+    """
     values = getattr(getattr(item, "callspec", None), "params", {}).values()
     mine = any(isinstance(v, Backend) and v.label == "cuda" for v in values)
     return mine and not item.path.name.startswith("test_cross_entropy")
@@ -165,10 +168,12 @@ def activate(backend: Backend) -> Iterator[Backend]:
         native.extension.set_isa(backend.isa)
     if backend.twin:
         cross_entropy.LAUNCHERS["native"] = twin.launcher()
+        attention.LAUNCHERS["native"] = twin.attention_launcher()
     try:
         with fastgpt.backend(backend.name):
             yield backend
     finally:
         cross_entropy.LAUNCHERS["native"] = NATIVE_LAUNCHER
+        attention.LAUNCHERS["native"] = NATIVE_ATTENTION
         if backend.isa:
             native.extension.set_isa(previous)

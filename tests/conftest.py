@@ -12,7 +12,7 @@ from backends import (  # before fastgpt
     TWIN,
     Backend,
     activate,
-    lacks_cuda,
+    limited_as_twin,
 )
 
 
@@ -73,16 +73,14 @@ def best_native() -> Iterator[Backend]:
 def pytest_collection_modifyitems(config, items):
     """Keep of the marked tests under the interpreter what their `interpreted` markers name; of
     those in the twin what a `cuda_on_host` marker names, the module's of those whose kernels it
-    has; of CUDA's kernels, the tests of cross-entropy.
+    has; of CUDA's kernels on a GPU, all tests of cross-entropy, and of the others what runs in the
+    twin.
     """
     kept, dropped = [], []
     for item in items:
-        if lacks_cuda(item):
-            dropped.append(item)
-            continue
         values = item.callspec.params if hasattr(item, "callspec") else {}
         backends = [v for v in values.values() if isinstance(v, Backend)]
-        of_twin = any(v.twin for v in backends)
+        of_twin = any(v.twin for v in backends) or limited_as_twin(item)
         markers = list(item.iter_markers("cuda_on_host" if of_twin else "interpreted"))
         if of_twin:  # a test's own go before its module's
             markers = [marker for marker in markers if marker.kwargs] or markers

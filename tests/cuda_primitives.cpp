@@ -1,7 +1,7 @@
-// Runs the kernels of cuda_primitives.cuh, and prints a line for each case: its name and "passed",
-// or what went wrong. Compiled by a C++ compiler they run in the host twin, with more cases, of
-// kernels that are wrong, whose launch must fail with the right words. Compiled by nvcc (-x cu)
-// they run on a GPU.
+// Runs the kernels of cuda_primitives.cuh and cuda_primitives_hopper.cuh, and prints a line for
+// each case: its name and "passed", or what went wrong. Compiled by a C++ compiler they run in the
+// host twin, with more cases, of kernels that are wrong, whose launch must fail with the right
+// words. Compiled by nvcc (-x cu) they run on a GPU, those of Hopper on one of 9.0.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -361,6 +361,23 @@ void check_add_rows(int rows) {
 CASE(asynchronous_copies_of_one_row) { check_add_rows(1); }
 CASE(asynchronous_copies_of_seven_rows) { check_add_rows(7); }
 
+template <class T>
+void check_narrow_some(int there) {
+  Buffer<float> in(1024);
+  Buffer<uint32_t> out(512);
+  Buffer<T> each(1024);
+  for (int i = 0; i < in.size; ++i) in[i] = 0.37f * float(i - 500);
+  run(narrow_all<T, float>, {1, 256, 1}, in.data, each.data, 1024);
+  run(narrow_some<T>, {1, 256, 1, kPairsBytes}, in.data, out.data, there);
+  for (int i = 0; i < 1024; ++i) {
+    const uint16_t found = uint16_t(out[i / 2] >> 16 * (i % 2));
+    check_equal(found, i < there ? each[i].bits : uint16_t(0), "element " + std::to_string(i));
+  }
+}
+
+CASE(pairs_of_bfloat16_through_dynamic_memory) { check_narrow_some<bfloat16>(1024); }
+CASE(pairs_of_float16_that_are_only_partly_there) { check_narrow_some<float16>(508); }
+
 // ---- matrices ----
 
 // Small integers, of which every sum is exact.
@@ -444,8 +461,10 @@ CASE(condition_that_holds_changes_nothing) {
 
 }  // namespace
 
+#include "cuda_primitives_hopper.h"
 #ifndef __CUDACC__
 #include "cuda_primitives_broken.h"
+#include "cuda_primitives_hopper_broken.h"
 #endif
 
 int main() {

@@ -164,6 +164,27 @@ add_rows(const float* in, float* out, int rows) {
   for (int i = 0; i < 4; ++i) out[thread_index() + 256 * i] = sums[i];
 }
 
+// 1024 numbers in pairs of type T, of which those from `there` on, a multiple of 4, are 0 and not
+// looked at: through memory that the launch gives, more than a kernel could declare.
+constexpr int kPairsAt = 96 << 10, kPairsBytes = kPairsAt + 512 * 4;
+template <class T>
+FASTGPT_KERNEL(256, 1)
+narrow_some(const float* in, uint32_t* out, int there) {
+  FASTGPT_DYNAMIC_SHARED_BYTES(kPairsBytes);
+  FASTGPT_DYNAMIC_SHARED(float, wide, 0, 1024);
+  FASTGPT_DYNAMIC_SHARED(uint32_t, pairs, kPairsAt, 512);
+  const int place = thread_index() * 4;
+  copy_async_if(place < there, wide, place, in + place);
+  copy_async_commit();
+  copy_async_wait<0>();
+  for (int i = 0; i < 2; ++i) {
+    const float first = wide.load(place + 2 * i), second = wide.load(place + 2 * i + 1);
+    pairs.store(thread_index() * 2 + i, narrow_pair<T>(first, second));
+  }
+  block_barrier();
+  for (int i = 0; i < 2; ++i) out[thread_index() + 256 * i] = pairs.load(thread_index() + 256 * i);
+}
+
 // ---- matrices ----
 
 // C (16, 8) = A (16, 16) B (16, 8), the registers filled element by element as the PTX ISA's

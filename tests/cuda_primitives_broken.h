@@ -324,6 +324,28 @@ CASE(index_outside_an_array) {
   }
 }
 
+CASE(dynamic_memory_past_what_the_launch_gives) {
+  const char* const text = "places s at the bytes 16 to 48 of 47";
+  check_failing_threads({1, 1, 1, 47}, text, [] { FASTGPT_DYNAMIC_SHARED(float, s, 16, 8); });
+  run_threads({1, 1, 1, 48}, [] { FASTGPT_DYNAMIC_SHARED(float, s, 16, 8); });
+}
+
+CASE(dynamic_memory_of_two_arrays_that_overlap) {
+  const auto body = [](int64_t offset) {
+    return [offset] {
+      FASTGPT_DYNAMIC_SHARED(float, first, 0, 5);
+      FASTGPT_DYNAMIC_SHARED(float, second, offset, 4);
+    };
+  };
+  check_failing_threads({1, 1, 1, 64}, "places second over first", body(16));
+  run_threads({1, 1, 1, 64}, body(32));
+}
+
+CASE(dynamic_memory_other_than_the_kernel_states) {
+  check_failing_threads({1, 1, 1, 64}, "states 48 bytes of dynamic memory, but is launched with 64",
+                        [] { FASTGPT_DYNAMIC_SHARED_BYTES(48); });
+}
+
 CASE(copy_past_the_end_of_an_array) {
   Buffer<float> in(4);
   check_failing_threads({1, 1, 1}, "uses element 7 of s, which has 6", [&] {

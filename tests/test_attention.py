@@ -173,6 +173,7 @@ HEAD_DIMS = (
 HEAD_DIM_PAIRS = list(zip(HEAD_DIMS, HEAD_DIMS[7:] + HEAD_DIMS[:7], strict=True))
 
 
+@pytest.mark.cuda_on_host(L=(2, 17, 63, 65, 129), dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(L=(2, 5, 17, 63, 64, 65, 97, 300), dtype=[torch.float32])
 @pytest.mark.interpreted(L=(5, 64, 97), dtype=[torch.float64, *REDUCED_DTYPES])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -183,6 +184,7 @@ def test_the_remainder_of_a_tile_loses_accuracy(backend, L, S, is_causal, dtype)
     assert_error_within_twice_torchs(backend, problem, dtype)
 
 
+@pytest.mark.cuda_on_host(D=(1, 8, 15, 17, 65), dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(dtype=[torch.float32])
 @pytest.mark.interpreted(D=(1, 8, 16, 17, 80, 256), dtype=[torch.float64, *REDUCED_DTYPES])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -204,6 +206,8 @@ def test_a_head_dim_of_practice_loses_accuracy(backend, head_dim, dtype):
     assert_error_within_twice_torchs(backend, problem, dtype)
 
 
+@pytest.mark.cuda_on_host(size=(50, 1), dtype=[torch.bfloat16])
+@pytest.mark.cuda_on_host(size=[50], is_causal=[True], dtype=[torch.float16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
@@ -216,6 +220,7 @@ def test_large_or_correlated_inputs_lose_accuracy(backend, size, offset, is_caus
     assert_error_within_twice_torchs(backend, problem, dtype)
 
 
+@pytest.mark.cuda_on_host(dtype=[torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [-0.5, 1e-3, 1.0, 10.0])
 def test_a_scale_loses_accuracy(backend, scale, dtype):
@@ -223,6 +228,7 @@ def test_a_scale_loses_accuracy(backend, scale, dtype):
     assert_error_within_twice_torchs(backend, Problem(L, 70, scale=scale, seeds=seeds), dtype)
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_scale_of_zero_does_not_average(backend, is_causal, dtype):
@@ -232,6 +238,7 @@ def test_a_scale_of_zero_does_not_average(backend, is_causal, dtype):
     assert not grad_key.any()
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("L", "S", "is_causal"), [(1, 1, False), (67, 1, False), (1, 67, True)])
 def test_a_single_visible_key_does_not_weigh_one(backend, L, S, is_causal, dtype):
@@ -423,6 +430,7 @@ def test_a_hidden_value_whose_products_overflow_reaches_a_gradient(kernel):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gradient_of_a_single_key_is_not_zero(kernel, dtype):
     """Its weight is 1 whatever it is."""
@@ -432,6 +440,7 @@ def test_the_gradient_of_a_single_key_is_not_zero(kernel, dtype):
     assert not dk.any()
 
 
+@pytest.mark.cuda_on_host(kind=["causal"], dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
@@ -535,6 +544,7 @@ def test_the_causal_future_reaches_the_past(kernel, position, poison):
                 )
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_nan_is_lost_or_spreads_to_another_head(backend, which, dtype):
@@ -604,6 +614,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", VIEWS)
@@ -619,6 +630,7 @@ def test_a_strided_view_gives_other_bits_than_its_copy(backend, view, dtype):
         assert_same(backend, got, want)
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_of_the_upstream_gradient_are_not_followed(backend, dtype):
     inputs = random_qkv(B, H, H, L, S, D, 20, dtype=dtype)
@@ -665,6 +677,7 @@ def test_one_tensor_in_three_roles_loses_a_gradient(backend):
 # ---- memory ----
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_cannot_be_viewed_as_positions_by_features(kernel, dtype):
     """Output and gradients lie as (B, L, H, D), so that joining the heads copies nothing."""
@@ -674,6 +687,7 @@ def test_the_result_cannot_be_viewed_as_positions_by_features(kernel, dtype):
         assert tensor.transpose(1, 2).is_contiguous(), name
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 5, 33, 97])
 def test_the_kernel_reads_beyond_its_tensors(kernel, n, dtype):

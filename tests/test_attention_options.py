@@ -146,6 +146,10 @@ def heads_for(backend, B=2, Hq=4, H=2):
     return {"B": 1, "Hq": 2, "H": 1} if backend.interpreted else {"B": B, "Hq": Hq, "H": H}
 
 
+# What the CUDA kernels, which take no mask, have in their host twin.
+MASKLESS = [name for name in CASES if "mask" not in name and not name.startswith("everything")]
+
+
 # ---- accuracy ----
 
 # Around the sizes of registers, of query blocks and of key tiles, each with a stranger.
@@ -155,6 +159,7 @@ LENGTHS = [
 ]  # fmt: skip
 
 
+@pytest.mark.cuda_on_host(name=MASKLESS, dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(dtype=[torch.float32])
 @pytest.mark.interpreted(dtype=[torch.bfloat16], name=["everything", "everything but documents"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -233,6 +238,7 @@ def _forget_problems():
     problem.cache_clear()
 
 
+@pytest.mark.cuda_on_host(name=MASKLESS, dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(name=["causal window", "documents", "alibi"], dtype=[torch.float32])
 @pytest.mark.interpreted(name=["alibi for each batch"], dtype=REDUCED_DTYPES, kind=["normal"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -251,6 +257,7 @@ def test_the_error_exceeds_that_of_torch_with_a_mask(backend, name, kind, dtype)
             assert error <= 2 * allowed[key] + half_ulp(dtype), key
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cap", [0.5, 30.0])
@@ -280,6 +287,7 @@ def test_a_softcap_far_above_the_scores_costs_accuracy(backend, dtype):
         assert_exact(backend, inputs, softcap=cap)
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_large_lse_or_its_gradient_is_lost(backend, dtype):
     """Scores of up to 300 either way: neither exp(lse) nor exp(-lse) is a float32. The dot products
@@ -352,6 +360,7 @@ def test_a_window_that_hides_nothing_changes_bits(kernel):
     assert_same(kernel, results(kernel, inputs, **CAUSAL, window=(2**62, 5)), causal)
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(dtype=[torch.float32, torch.bfloat16], L=[9, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("L", "S"), [(9, 5), (130, 70), (70, 1)])
@@ -396,6 +405,7 @@ def test_a_query_that_sees_nothing_is_not_zero(backend, dtype):
                 assert not got["grad_mask"][3:17].any()
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(dtype=[torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ["(H,)", "(B, H)"])
@@ -493,6 +503,7 @@ def test_boundaries_of_keys_are_not_those_of_queries_by_default(backend):
     assert_same(backend, results(backend, inputs, **CAUSAL, cu_seqlens_q=strided), want)
 
 
+@pytest.mark.cuda_on_host(options=["plain", "bottom right"], dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(dtype=[torch.float32], options=["plain", "everything"], poison=[1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("poison", [1e30, NAN])
@@ -540,6 +551,7 @@ def test_a_document_reaches_another(kernel, options, poison, dtype):
 # ---- sinks ----
 
 
+@pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.interpreted(dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sink_of_another_size_is_wrong(backend, dtype):
@@ -556,6 +568,7 @@ def test_a_sink_of_another_size_is_wrong(backend, dtype):
             torch.testing.assert_close(got[name][:, 2], without[name][:, 2], rtol=u, atol=u)
 
 
+@pytest.mark.cuda_on_host(kind=["window"], dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["window", "bool", "-inf"])
 def test_a_query_with_a_sink_only_is_not_zero(backend, kind, dtype):

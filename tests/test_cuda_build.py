@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import triton
 
 from fastgpt.backends.triton import aot
 from fastgpt.backends.triton.chips import CHIPS
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = [
     f"fastgpt::cross_entropy_{which}"
     for which in ("forward", "backward", "backward_in_place", "reduced", "reduced_backward")
-]
+] + [f"fastgpt::attention_{which}" for which in ("forward", "backward")]
 
 spec = importlib.util.spec_from_file_location("fastgpt_setup_of_cuda", ROOT / "setup.py")
 setup = importlib.util.module_from_spec(spec)
@@ -66,12 +67,17 @@ class Kernel(NamedTuple):
 
 
 def read_kernels(log: str, ptx: Iterable[str]) -> list[Kernel]:
-    """The kernels that ptxas reports in the log, with the bounds that stand in their PTX."""
-    bounds = {}
+    """The kernels that ptxas reports in the log, with the bounds that stand in their PTX; and the
+    dynamic shared memory, which FASTGPT_DYNAMIC_SHARED_BYTES leaves there.
+    """
+    bounds, dynamic = {}, {}
     for text in ptx:
         architecture = re.search(r"^\.target (\w+)", text, re.M)[1]
-        for entry in re.finditer(r"\.entry (\w+)\(.*?\)(.*?)\{", text, re.S):
-            bounds[architecture, entry[1]] = entry[2]
+        for entry in text.split(".entry ")[1:]:
+            name, stated = re.match(r"(\w+)\(.*?\)(.*?)\{", entry, re.S).groups()
+            bounds[architecture, name] = stated
+            told = re.search(r"// dynamic shared memory: (\d+)", entry)
+            dynamic[architecture, name] = int(told[1]) if told else 0
     kernels = []
     for text in log.split("Compiling entry function ")[1:]:
         name, architecture = re.match(r"'(\w+)' for '(\w+)'", text).groups()
@@ -85,7 +91,7 @@ def read_kernels(log: str, ptx: Iterable[str]) -> list[Kernel]:
             stack=stack,
             spill_stores=stores,
             spill_loads=loads,
-            shared_memory=int(shared[1]) if shared else 0,
+            shared_memory=(int(shared[1]) if shared else 0) + dynamic[architecture, name],
         )
         stated = bounds[architecture, name]
         threads = re.search(r"\.(?:max|req)ntid (\d+)(?:, (\d+), (\d+))?", stated)
@@ -101,6 +107,15 @@ def read_kernels(log: str, ptx: Iterable[str]) -> list[Kernel]:
         )
     assert {(k.architecture, k.name) for k in kernels} == set(bounds)
     return kernels
+
+
+def serialised(log: str) -> list[str]:
+    """What ptxas says of products of warpgroups that it does not leave under way: it waits for them
+    where the kernel does not.
+    """
+    return re.findall(r"^.*\bwgmma\.mma_async instructions are serialized.*$", log, re.M) + (
+        re.findall(r"^.*\bwarpgroup\.(?:wait|arrive) is injected.*$", log, re.M)
+    )
 
 
 # ---- what is built ----
@@ -222,6 +237,12 @@ PTX = """\
         ("Used 64", "Used 65", ["a multiprocessor holds 3 blocks, not 4"]),
         ("1024 bytes smem", "57345 bytes smem", ["a multiprocessor holds 3 blocks, not 4"]),
         ("1024 bytes smem", "57344 bytes smem", []),
+        (".minnctapersm 4\n{\n", ".minnctapersm 4\n{\n// dynamic shared memory: 56320\n", []),
+        (
+            ".minnctapersm 4\n{\n",
+            ".minnctapersm 4\n{\n// dynamic shared memory: 56321\n",
+            ["a multiprocessor holds 3 blocks, not 4"],
+        ),
         (".maxntid 256, 1, 1", ".maxntid 256, 2, 1", ["a multiprocessor holds 2 blocks, not 4"]),
         (".maxntid 256, 1, 1", ".reqntid 256", []),
         (".maxntid 256, 1, 1", "", ["does not state its threads and blocks"]),
@@ -260,6 +281,69 @@ def test_a_cuda_kernel_spills_or_does_not_fit_its_multiprocessor(built):
         for complaint in kernel.complaints()
     ]
     assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.slow
+def test_serialised_products_pass(tmp_path):
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "broken_hopper_kernels.cu", folder)
+    shutil.copy(ROOT / "csrc" / "cuda" / "primitives.cuh", folder)
+    found = serialised(build(tmp_path, tmp_path / "built", architectures="9.0a", link=False).log)
+    assert any("instructions are serialized" in line for line in found)
+    assert any("is injected" in line for line in found)
+    assert all("10serialised" in line for line in found), found
+
+
+@pytest.mark.slow
+def test_hoppers_products_are_serialised_or_its_registers_do_not_add_up(built):
+    assert not serialised(built.log)
+    kernels = [
+        kernel
+        for kernel in built.kernels
+        if kernel.architecture == "sm_90a" and "_hopper" in kernel.name
+    ]
+    assert len(kernels) == 8  # two types, two widths, with options and without
+    for kernel in kernels:
+        assert kernel.threads == 384
+        # What a thread has until its warpgroup gives or takes: all of a multiprocessor's.
+        assert kernel.used.registers == 65536 // 384 // 8 * 8
+    ptx = "".join(path.read_text() for path in built.folder.glob("kept/*.ptx"))
+    given = {int(n) for n in re.findall(r"setmaxnreg\.dec\.sync\.aligned\.u32 (\d+)", ptx)}
+    taken = {int(n) for n in re.findall(r"setmaxnreg\.inc\.sync\.aligned\.u32 (\d+)", ptx)}
+    assert (given, taken) == ({24}, {240})  # attention_hopper.cuh
+    assert 128 * 24 + 256 * 240 <= 65536
+
+
+def overlapped(sass: str) -> list[int]:
+    """Of each of Hopper's forward kernels, the exponentials between the wait for a product of keys
+    and that for the product of values which is under way.
+    """
+    found = []
+    for code in sass.split("Function : ")[1:]:
+        if "attention_forward_hopper" in code.split("\n", 1)[0]:
+            _, after = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code)
+            found.append(after.split("WARPGROUP.DEPBAR")[0].count("MUFU.EX2"))
+    return found
+
+
+@pytest.mark.slow
+def test_hoppers_tensor_cores_idle_under_a_softmax(built):
+    """64 exponentials of a thread, and two of the maxima; ptxas once put them behind the wait."""
+    objects = [
+        built.folder / "csrc" / "cuda" / f"attention_{dtype}_{width}.cu.o"
+        for dtype in ("bfloat16", "float16")
+        for width in (64, 128)
+    ]
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for path in objects:
+        sass = subprocess.run(
+            [disassembler, "-arch", "sm_90a", "-sass", path],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        counts = overlapped(sass)
+        assert len(counts) == 2, path
+        assert min(counts) >= 66, (path, counts)
 
 
 @pytest.mark.slow

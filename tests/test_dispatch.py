@@ -553,6 +553,57 @@ def test_a_missing_cuda_extension_is_not_explained(gpu):
     assert explain_on_gpu() == ("triton", "nvcc is on fire")
 
 
+ATTENTION = "scaled_dot_product_attention"
+
+
+@pytest.fixture
+def attention_on_gpu(monkeypatch):
+    """What `explain` says of a call on such a GPU, with these measurements stored."""
+
+    def explain(*stored, dtype=torch.bfloat16, head_dim=64, value_dim=64, **options):
+        monkeypatch.setattr(cuda, "capability", lambda device: H200)
+        triton = dispatch.Cell(ATTENTION, "triton", "cuda", "")
+        cells = {"native": cuda.cell("", stored, ATTENTION), "triton": triton}
+        for name, its in cells.items():
+            monkeypatch.setitem(dispatch.TABLE, (ATTENTION, name, "cuda"), its)
+        with FakeTensorMode():
+            columns = (head_dim, head_dim, value_dim)
+            inputs = [torch.empty(1, 2, 5, n, device="cuda", dtype=dtype) for n in columns]
+            options = {name: make() for name, make in options.items()}
+            found = fastgpt.explain(fastgpt.scaled_dot_product_attention, *inputs, **options)
+        return found.backend, dict(found.decisions)["native"]
+
+    return explain
+
+
+def test_cuda_attention_runs_unasked_where_it_was_not_measured_faster(attention_on_gpu):
+    refusal = ("triton", ASK.format("sm_90") + UNMEASURED)
+    assert attention_on_gpu() == refusal
+    assert attention_on_gpu(measurement()) == refusal  # of cross-entropy
+    assert attention_on_gpu(measurement(op=ATTENTION)) == ("native", "")
+    with fastgpt.backend("native"):
+        assert attention_on_gpu() == ("native", "")
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, ""),
+        ({"dtype": torch.float16, "head_dim": 80, "value_dim": 33}, ""),
+        ({"head_dim": 256, "value_dim": 256}, ""),
+        ({"dtype": torch.float32}, "query of type torch.float32: only bfloat16 and float16"),
+        ({"head_dim": 257}, "a head_dim of 257 in query, above 256"),
+        ({"value_dim": 264}, "a head_dim of 264 in value, above 256"),
+        ({"attn_mask": lambda: torch.empty(5, 5, device="cuda", dtype=torch.bool)}, "an attn_mask"),
+        ({"is_causal": lambda: True, "softcap": lambda: 30.0, "window": lambda: (3, -1)}, ""),
+    ],
+)
+def test_cuda_attention_is_asked_for_what_it_can_not_do(attention_on_gpu, changed, reason):
+    with fastgpt.backend("native"):
+        backend, said = attention_on_gpu(**changed)
+    assert (backend == "native", said) == (not reason, reason)
+
+
 def test_a_gpu_that_is_not_there_is_asked_for_its_capability():
     absent = torch.device("cuda", torch.cuda.device_count())
     assert cuda.capability(absent) is None
@@ -570,7 +621,7 @@ def test_the_rule_of_the_cuda_kernels_breaks_a_compiled_graph(gpu, compiled, rat
 
 def test_the_stored_measurements_do_not_parse():
     for stored in measured.read():
-        assert stored.op in ("cross_entropy",)
+        assert stored.op in ("cross_entropy", "scaled_dot_product_attention")
         assert re.fullmatch(r"sm_\d+", stored.chip)
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", stored.date)
         assert stored.ratio > 0

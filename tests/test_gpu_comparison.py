@@ -689,6 +689,11 @@ def test_the_default_is_not_the_faster_of_the_two():
     }
 
 
+def test_the_default_of_attention_goes_by_another_name_than_its_cell():
+    stored = defaults.entry(result(op="attention"))["op"]
+    assert (stored, "native", "cuda") in fastgpt.dispatch.TABLE
+
+
 def without(name):
     return {key: value for key, value in result()["machine"].items() if key != name}
 
@@ -706,7 +711,10 @@ def changed(name, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"op": "attention"}, "expected a result of cross_entropy, got one of attention"),
+        (
+            {"op": "linear_cross_entropy"},
+            "expected a result of cross_entropy or attention, got one of linear_cross_entropy",
+        ),
         ({"machine": {"device": "cpu"}}, "expected a result from a GPU, got one from a cpu"),
         ({"machine": without("gpu")}, "does not say its gpu"),
         ({"machine": without("capability")}, "does not say its capability"),

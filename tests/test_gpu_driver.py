@@ -449,11 +449,11 @@ def test_cudas_kernels_are_asked_for_another_op():
         return SimpleNamespace(path=Path(file), callspec=SimpleNamespace(params=params))
 
     cuda = backends.Backend("native", device="cuda")
-    assert backends.lacks_cuda(item("tests/test_attention.py", n=3, kernel=cuda))
-    assert not backends.lacks_cuda(item("tests/test_attention.py", kernel=backends.NATIVE[-1]))
-    assert not backends.lacks_cuda(item("tests/test_attention.py", kernel=backends.TRITON))
-    assert not backends.lacks_cuda(item("tests/test_cross_entropy.py", kernel=cuda))
-    assert not backends.lacks_cuda(SimpleNamespace(path=Path("test_info.py")))
+    assert backends.limited_as_twin(item("tests/test_attention.py", n=3, kernel=cuda))
+    assert not backends.limited_as_twin(item("tests/test_attention.py", kernel=backends.NATIVE[-1]))
+    assert not backends.limited_as_twin(item("tests/test_attention.py", kernel=backends.TRITON))
+    assert not backends.limited_as_twin(item("tests/test_cross_entropy.py", kernel=cuda))
+    assert not backends.limited_as_twin(SimpleNamespace(path=Path("test_info.py")))
 
 
 def test_a_part_of_the_tests_is_in_no_shard(tmp_path):

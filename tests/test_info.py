@@ -91,13 +91,13 @@ def test_the_table_hides_a_cell_or_a_reason():
         ),
     ],
 )
-def test_a_kernel_that_must_be_asked_for_is_shown_as_on(monkeypatch, ratios, default, state):
-    op = "cross_entropy"
+@pytest.mark.parametrize("op", ["cross_entropy", "scaled_dot_product_attention"])
+def test_a_kernel_that_must_be_asked_for_is_shown_as_on(monkeypatch, op, ratios, default, state):
     stored = [
         Measurement(op, chip, "GPU", "2026-11-24", "db4a743", ratio, [])
         for chip, ratio in ratios.items()
     ]
-    monkeypatch.setitem(dispatch.TABLE, (op, "native", "cuda"), cuda.cell("", stored))
+    monkeypatch.setitem(dispatch.TABLE, (op, "native", "cuda"), cuda.cell("", stored, op))
     information = fastgpt.info()
     [cell] = [
         cell

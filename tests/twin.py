@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.ops import cross_entropy, cross_entropy_direct
+from fastgpt.ops import attention, cross_entropy, cross_entropy_direct
 from fastgpt.ops.raw import Launcher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,8 +53,21 @@ def build() -> Path:
 
 
 @functools.cache
-def launcher() -> Launcher:
-    """The operators, built and loaded."""
+def load() -> None:
+    """The library, built and loaded."""
     torch.ops.load_library(build())
+
+
+@functools.cache
+def launcher() -> Launcher:
+    """The operators of cross-entropy."""
+    load()
     cross_entropy_direct.define(NAMESPACE)
     return cross_entropy.define(NAMESPACE)
+
+
+@functools.cache
+def attention_launcher() -> Launcher:
+    """The operators of attention."""
+    load()
+    return attention.define(NAMESPACE)

@@ -17,6 +17,7 @@ struct Grid {
   int64_t blocks;
   int threads;  // of a block
   int cluster;  // blocks of a cluster, which divide those of the grid; 1 needs no clusters
+  int dynamic_bytes = 0;  // of shared memory for each block (FASTGPT_DYNAMIC_SHARED)
 };
 
 #ifdef __CUDACC__
@@ -59,6 +60,38 @@ int largest_cluster(Kernel*) {
 }
 #endif
 
+#ifdef __CUDACC__
+// Whether this kernel of Hopper's has a body on the current device. Code for 9.0 without the "a"
+// has none, nor has that of any other architecture; and such a kernel always has barriers in its
+// static shared memory.
+template <class Kernel>
+bool runs_on_hopper(Kernel* kernel) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 1: no, 2: yes
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaFuncAttributes attributes = {};
+    const bool answered = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+    answer = answered && attributes.sharedSizeBytes > 0 ? 2 : 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == 2;
+}
+#else
+// Whether the twin stands for a GPU of Hopper's, for the whole process.
+inline std::atomic<bool>& hopper_of_twin() {
+  static std::atomic<bool> hopper{false};
+  return hopper;
+}
+
+template <class Kernel>
+bool runs_on_hopper(Kernel*) {
+  return hopper_of_twin();
+}
+#endif
+
 // So that the types of the parameters are the kernel's, whatever is given.
 template <class T>
 struct Given {
@@ -80,17 +113,25 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, [[maybe_unused]] St
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(grid.blocks));
   config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = size_t(grid.dynamic_bytes);
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = grid.cluster > 1 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
+  constexpr int kUnasked = 48 << 10;  // what a kernel may have without having asked for it
+  cudaError_t error = cudaSuccess;
+  if (grid.dynamic_bytes > kUnasked) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 grid.dynamic_bytes);
+  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, parameters...);
   if (error != cudaSuccess) {
     cudaGetLastError();  // or the next one to ask would be told of this launch
     throw std::runtime_error(std::string("a kernel could not be launched: ") +
                              cudaGetErrorString(error));
   }
 #else
-  twin::run(grid.blocks, grid.threads, grid.cluster, [&] { kernel(parameters...); });
+  twin::run(grid.blocks, grid.threads, grid.cluster, grid.dynamic_bytes,
+            [&] { kernel(parameters...); });
 #endif
 }
 

@@ -3,8 +3,6 @@
 
 #include <Python.h>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -13,33 +11,13 @@
 
 #include "../cross_entropy_tensors.h"
 #include "cross_entropy_launch.h"
+#include "device.h"
 #ifdef FASTGPT_TWIN
 #include "launch.h"
 #endif
 
 namespace fastgpt::cuda {
 namespace {
-
-// For the time of a call, the tensors' device is the current one, and `stream` its current stream,
-// so that the kernels come in order with torch's own, and into a graph that is being captured.
-class Device {
- public:
-#ifdef FASTGPT_TWIN
-  explicit Device(const Tensor&) {}
-#else
-  explicit Device(const Tensor& like) : guard_(like.get_device_index()) {
-    STD_TORCH_CHECK(
-        aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
-        "torch has no CUDA stream for this device");
-  }
-#endif
-  void* stream = nullptr;
-
- private:
-#ifndef FASTGPT_TWIN
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
-};
 
 // aten::sum in float64, on the device.
 Tensor sum_of(const Tensor& x) {
@@ -177,16 +155,21 @@ Tensor reduced_backward(Tensor grad_loss, Tensor logits, Tensor target,
 
 #ifdef FASTGPT_TWIN
 void set_largest_cluster(int64_t blocks) { largest_cluster_of_twin() = int(blocks); }
+void set_hopper(bool on) { hopper_of_twin() = on; }
 #endif
 
 }  // namespace
 }  // namespace fastgpt::cuda
 
 #ifdef FASTGPT_TWIN
-// To stand for a GPU without clusters, or with them.
-STABLE_TORCH_LIBRARY(fastgpt_twin_settings, m) { m.def("largest_cluster(int blocks) -> ()"); }
+// To stand for a GPU without clusters, or with them; and for one that runs Hopper's kernels.
+STABLE_TORCH_LIBRARY(fastgpt_twin_settings, m) {
+  m.def("largest_cluster(int blocks) -> ()");
+  m.def("hopper(bool on) -> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(fastgpt_twin_settings, CompositeExplicitAutograd, m) {
   m.impl("largest_cluster", TORCH_BOX(&fastgpt::cuda::set_largest_cluster));
+  m.impl("hopper", TORCH_BOX(&fastgpt::cuda::set_hopper));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt_twin, CPU, m) {

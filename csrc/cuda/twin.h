@@ -13,6 +13,10 @@
 // warp, of the block, for threads of one block, or of the cluster. Every barrier of a block is one
 // of its warps too, and every thread goes through all the barriers of its warp, so that no chain of
 // barriers orders what these three do not.
+//
+// Barriers of some threads (twin_asynchronous.h) do make chains. From its first one on, a block is
+// `asynchronous`: each thread has a clock, up to which time it has seen the accesses of every other
+// thread, and of the agents that copy and multiply beside the threads.
 #pragma once
 
 #include <algorithm>
@@ -21,10 +25,13 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #if !defined(__x86_64__) && !defined(__aarch64__)
@@ -205,18 +212,40 @@ enum class Operation {
   kLoadMatrices,
   kLoadMatricesTransposed,
   kMultiplyAdd,
+  kElect,
+  kProductFence,
+  kProduct,
+  kProductCommit,
+  kProductWait,
   kWarpBarrier,
   kBlockBarrier,
   kClusterBarrier,
+  // Where threads meet that no block, warp or cluster unites.
+  kBarrier,
+  kNamedBarrier,
+  kTakeRegisters,
 };
 
 inline const char* name_of(Operation operation) {
   constexpr const char* names[] = {
-      "shuffle_xor",   "shuffle",
-      "any",           "all",
-      "load_matrices", "load_matrices_transposed",
-      "multiply_add",  "warp_barrier",
-      "block_barrier", "cluster_barrier",
+      "shuffle_xor",
+      "shuffle",
+      "any",
+      "all",
+      "load_matrices",
+      "load_matrices_transposed",
+      "multiply_add",
+      "elect_one",
+      "warpgroup_fence",
+      "warpgroup_multiply",
+      "warpgroup_commit",
+      "warpgroup_wait",
+      "warp_barrier",
+      "block_barrier",
+      "cluster_barrier",
+      "a barrier",
+      "a named barrier",
+      "take_registers",
   };
   return names[int(operation)];
 }
@@ -231,6 +260,22 @@ struct Meeting {
 struct Lane {
   uint32_t words[6];
 };
+
+// Up to which time the accesses of each thread, by its index, happen before something: those of the
+// block's threads first, then of its agents. What is not there is 0.
+using Clock = std::vector<uint32_t>;
+
+inline void join(Clock& into, const Clock& from) {
+  if (into.size() < from.size()) into.resize(from.size(), 0);
+  for (size_t i = 0; i < from.size(); ++i) into[i] = std::max(into[i], from[i]);
+}
+
+inline void join(Clock& into, int thread, uint32_t time) {
+  if (into.size() <= size_t(thread)) into.resize(size_t(thread) + 1, 0);
+  into[size_t(thread)] = std::max(into[size_t(thread)], time);
+}
+
+struct Asynchronous;  // what twin_asynchronous.h knows of a block
 
 struct Warp {
   Meeting meeting;
@@ -263,6 +308,10 @@ struct Fiber {
   bool waits = false;
   Operation operation;
   std::vector<std::vector<Copy>> groups;  // of asynchronous copies; the last one is open
+  Clock seen;
+  std::vector<uint32_t> fences;         // when it fenced what it wrote for the asynchronous proxy
+  std::string agent;                    // what this is, if it is no thread
+  std::function<std::string()> awaits;  // what it waits for, at an operation that is no meeting
 };
 
 inline void Fibers::append(Fiber* fiber) {
@@ -302,21 +351,32 @@ struct Element {
 
 constexpr uint32_t kNever = 0xffffffffu;
 
+// A read, in a block that is asynchronous.
+struct Read {
+  const Fiber* reader;
+  uint32_t time;
+};
+
 struct Array {
   const char* key;  // the address of its name
   int count;
   size_t size;           // of an element
   bool declared = true;  // by the block that now runs
+  int64_t offset = -1;   // in the memory that the launch gives to the block; or -1
   std::unique_ptr<Vector<unsigned char>[]> storage;
   mutable std::vector<Element> elements;
+  mutable std::unordered_map<int, std::vector<Read>> reads;  // of an element since it was written
 
   unsigned char* bytes() const { return storage[0].data; }
+  // Where it begins, of the dynamic shared memory.
+  int offset_bytes() const { return offset < 0 ? 0 : int(offset); }
   Element& element(int i) const { return elements[size_t(i)]; }
 
   void clear() {
     memset(bytes(), 0xff, size_t(count) * size);
     elements.assign(size_t(count),
                     Element{nullptr, nullptr, nullptr, nullptr, nullptr, kNever, 0, 0});
+    reads.clear();
   }
 };
 
@@ -335,11 +395,13 @@ struct Block {
   // The last read of this block's shared memory by another one.
   const Fiber* remote_reader = nullptr;
   uint32_t remote_read = 0;
+  std::shared_ptr<Asynchronous> asynchronous;  // null until it is
 };
 
 struct Cluster {
   int64_t grid_blocks = 0;
-  int threads = 0;  // of a block
+  int threads = 0;            // of a block
+  int64_t dynamic_bytes = 0;  // of shared memory, that the launch gives to each block
   uint32_t now = 1;
   uint32_t barrier_time = 0;
   Meeting meeting;
@@ -355,6 +417,7 @@ struct Cluster {
 inline thread_local Fiber* current = nullptr;
 
 inline std::string describe(const Fiber* fiber) {
+  if (!fiber->agent.empty()) return fiber->agent;
   return "thread " + std::to_string(fiber->thread) + " of block " +
          std::to_string(fiber->block->index);
 }
@@ -392,20 +455,29 @@ struct Stacks {
 
 inline thread_local Stacks stacks;
 
-inline Meeting& meeting_of(const Fiber& fiber) {
-  if (fiber.operation == Operation::kClusterBarrier) return fiber.block->cluster->meeting;
-  if (fiber.operation == Operation::kBlockBarrier) return fiber.block->meeting;
-  return fiber.warp->meeting;
+// Null where the threads that must come are not those of a cluster, a block or a warp.
+inline Meeting* meeting_of(const Fiber& fiber) {
+  if (fiber.operation >= Operation::kBarrier) return nullptr;
+  if (fiber.operation == Operation::kClusterBarrier) return &fiber.block->cluster->meeting;
+  if (fiber.operation == Operation::kBlockBarrier) return &fiber.block->meeting;
+  return &fiber.warp->meeting;
 }
 
 // Why nothing can go on: of the threads that wait, one for another that has ended, else one for
 // another that waits elsewhere.
 inline std::string describe_deadlock(const Cluster& cluster) {
-  std::string text;
+  std::string text, awaited;
   for (const Block& block : cluster.blocks) {
     for (const Fiber& fiber : block.fibers) {
       if (!fiber.waits) continue;
-      const Meeting& meeting = meeting_of(fiber);
+      const Meeting* const meeting = meeting_of(fiber);
+      if (!meeting) {
+        // Of those that wait for the same, the first one.
+        const std::string what = " waits " + fiber.awaits();
+        if (awaited.find(what) == std::string::npos)
+          awaited += (awaited.empty() ? "" : ", ") + describe(&fiber) + what;
+        continue;
+      }
       const std::string waits =
           describe(&fiber) + " waits at " + name_of(fiber.operation) + ", to which ";
       for (const Block& other_block : cluster.blocks) {
@@ -414,7 +486,7 @@ inline std::string describe_deadlock(const Cluster& cluster) {
               fiber.operation == Operation::kClusterBarrier ||
               (fiber.operation == Operation::kBlockBarrier ? other.block == fiber.block
                                                            : other.warp == fiber.warp);
-          if (!member || (other.waits && &meeting_of(other) == &meeting)) continue;
+          if (!member || (other.waits && meeting_of(other) == meeting)) continue;
           if (other.ended) return waits + describe(&other) + " never came: it has ended";
           if (text.empty())
             text =
@@ -422,17 +494,21 @@ inline std::string describe_deadlock(const Cluster& cluster) {
         }
       }
       if (fiber.operation != Operation::kClusterBarrier &&
-          fiber.operation != Operation::kBlockBarrier && meeting.members < kWarp)
+          fiber.operation != Operation::kBlockBarrier && meeting->members < kWarp)
         return describe(&fiber) + " waits at " + name_of(fiber.operation) + " in a warp of only " +
-               std::to_string(meeting.members) + " threads";
+               std::to_string(meeting->members) + " threads";
     }
   }
-  return text;
+  // A thread that never comes to a meeting waits for what never happens: that is what is wrong.
+  return awaited.empty() ? text : awaited;
 }
+
+inline void check_end(Fiber* fiber);  // of a thread, and of its asynchronous block
 
 inline void end_thread(Fiber* fiber) {
   fiber->ended = true;
   Block& block = *fiber->block;
+  if (block.asynchronous) check_end(fiber);
   if (--block.running == 0 && block.remote_reader &&
       block.remote_read >= block.cluster->barrier_time)
     throw Error("block " + std::to_string(block.index) + " ended, but " +
@@ -516,7 +592,21 @@ inline void meet(Meeting& meeting, Operation operation, const Complete& complete
   fiber->block->cluster->ready.append(meeting.waiting);
 }
 
-inline void meet_warp(Operation operation, bool orders_memory) {
+// What the threads have seen, all of them see.
+template <class Each>
+inline void join_clocks(const Each& each_fiber) {
+  Clock all;
+  each_fiber([&](Fiber& fiber) { join(all, fiber.seen); });
+  each_fiber([&](Fiber& fiber) { fiber.seen = all; });
+}
+
+inline Fiber* first_of(const Warp& warp, Block& block) {
+  return &block.fibers[size_t(&warp - block.warps.data()) * kWarp];
+}
+
+// `complete` is done when all lanes have come, before any goes on.
+template <class Complete>
+inline void meet_warp(Operation operation, bool orders_memory, const Complete& complete) {
   Fiber* const fiber = current;
   Warp& warp = *fiber->warp;
   if (warp.meeting.members < kWarp)
@@ -529,7 +619,28 @@ inline void meet_warp(Operation operation, bool orders_memory) {
   warp.operation = operation;
   meet(warp.meeting, operation, [&] {
     warp.exchange ^= 1;
-    if (orders_memory) warp.barrier_time = ++fiber->block->cluster->now;
+    complete();
+    if (!orders_memory) return;
+    Block& block = *fiber->block;
+    warp.barrier_time = ++block.cluster->now;
+    if (!block.asynchronous) return;
+    Fiber* const lanes = first_of(warp, block);
+    join_clocks([&](const auto& each) {
+      for (int i = 0; i < warp.meeting.members; ++i) each(lanes[i]);
+    });
+  });
+}
+
+inline void meet_warp(Operation operation, bool orders_memory) {
+  meet_warp(operation, orders_memory, [] {});
+}
+
+// After a barrier of the whole block.
+inline void pass_block_barrier(Block& block) {
+  block.barrier_time = block.cluster->now;
+  if (!block.asynchronous) return;
+  join_clocks([&](const auto& each) {
+    for (Fiber& fiber : block.fibers) each(fiber);
   });
 }
 
@@ -542,9 +653,11 @@ inline const Lane* exchange(Operation operation, const Lane& lane) {
   return lanes;
 }
 
+constexpr int64_t kMostDynamicBytes = 227 << 10;
+
 // The grid's blocks in clusters, one cluster after the other. `kernel` is what each thread runs.
 template <class Kernel>
-void run(int64_t blocks, int threads, int cluster_blocks, Kernel&& kernel) {
+void run(int64_t blocks, int threads, int cluster_blocks, int64_t dynamic_bytes, Kernel&& kernel) {
   if (current) throw Error("a kernel cannot launch another one");
   if (blocks < 0 || threads < 1 || threads > 1024 || cluster_blocks < 1 || cluster_blocks > 8 ||
       blocks % cluster_blocks)
@@ -554,6 +667,10 @@ void run(int64_t blocks, int threads, int cluster_blocks, Kernel&& kernel) {
   Cluster cluster;
   cluster.grid_blocks = blocks;
   cluster.threads = threads;
+  if (dynamic_bytes < 0 || dynamic_bytes > kMostDynamicBytes)
+    throw Error("a block cannot have " + std::to_string(dynamic_bytes) +
+                " bytes of dynamic memory");
+  cluster.dynamic_bytes = dynamic_bytes;
   cluster.argument = const_cast<void*>(static_cast<const void*>(&kernel));
   cluster.kernel = [](void* argument) {
     (*static_cast<std::remove_reference_t<Kernel>*>(argument))();
@@ -571,6 +688,7 @@ void run(int64_t blocks, int threads, int cluster_blocks, Kernel&& kernel) {
       block.running = threads;
       block.barrier_time = 0;
       block.remote_reader = nullptr;
+      block.asynchronous.reset();
       block.meeting.members = threads;
       block.warps.resize(size_t(threads + kWarp - 1) / kWarp);
       for (size_t w = 0; w < block.warps.size(); ++w) {
@@ -587,6 +705,8 @@ void run(int64_t blocks, int threads, int cluster_blocks, Kernel&& kernel) {
         fiber.thread = t;
         fiber.ended = false;
         fiber.groups.assign(1, {});
+        fiber.seen.clear();
+        fiber.fences.clear();
         cluster.ready.append(&fiber);
       }
     }
@@ -617,8 +737,13 @@ inline std::string name_element(const Array& array, int i) {
 }
 
 inline std::string name_thread(const Fiber* fiber) {
+  if (!fiber->agent.empty()) return fiber->agent;
   return fiber->block == current->block ? "thread " + std::to_string(fiber->thread)
                                         : describe(fiber);
+}
+
+inline std::string name_copy(const Fiber* copier) {
+  return copier->agent.empty() ? "a copy of " + name_thread(copier) : copier->agent;
 }
 
 [[noreturn]] inline void fail_unordered(const char* access, const Array& array, int i,
@@ -635,17 +760,38 @@ inline void fail_outside(const Array& array, int i) {
 // Where nothing is written, or by a copy that may not have arrived.
 [[noreturn]] inline void fail_unwritten(const Array& array, int i, const Element& element) {
   fail("reads " + name_element(array, i) +
-       (element.copier ? ", to which a copy of " + name_thread(element.copier) + " is under way"
+       (element.copier ? ", to which " + name_copy(element.copier) + " is under way"
                        : ", which nobody wrote"));
 }
 
-// Whether an access of `other`, of the same block, at `time` is ordered before what the current
-// thread does now.
-inline bool ordered(const Fiber* other, uint32_t time) {
+// The time before which the accesses of `other`, of the same block, are ordered before what the
+// current thread does now.
+inline uint32_t seen_until(const Fiber* other) {
   const Fiber* const fiber = current;
-  return other == fiber || time < fiber->block->barrier_time ||
-         (other->warp == fiber->warp && time < fiber->warp->barrier_time);
+  if (other == fiber) return kNever;
+  uint32_t time = 0;
+  if (other->agent.empty()) {
+    time = fiber->block->barrier_time;
+    if (other->warp == fiber->warp) time = std::max(time, fiber->warp->barrier_time);
+  }
+  if (size_t(other->thread) < fiber->seen.size())
+    time = std::max(time, fiber->seen[size_t(other->thread)]);
+  return time;
 }
+
+inline bool ordered(const Fiber* other, uint32_t time) { return time < seen_until(other); }
+
+// Of the reads of an element, those that no later one follows.
+inline void note_read(const Array& array, int i) {
+  std::vector<Read>& reads = array.reads[i];
+  reads.erase(std::remove_if(reads.begin(), reads.end(),
+                             [](const Read& r) { return ordered(r.reader, r.time); }),
+              reads.end());
+  reads.push_back({current, current->block->cluster->now});
+}
+
+// Asynchronous reads, of all that is in [first, last).
+inline void check_asynchronous_reads(const Array& array, int first, int last);
 
 inline void check_read(const Array& array, int i) {
   Element& element = array.element(i);
@@ -654,6 +800,10 @@ inline void check_read(const Array& array, int i) {
     if (!element.writer) fail_unwritten(array, i, element);
     if (!ordered(element.writer, element.written))
       fail_unordered("reads", array, i, element.writer, "wrote");
+  }
+  if (fiber->block->asynchronous) {
+    note_read(array, i);
+    return;
   }
   if (!element.reader || element.read < fiber->block->barrier_time) {
     element.reader = fiber;
@@ -675,8 +825,8 @@ inline void check_write(const Array& array, int i) {
   Element& element = array.element(i);
   const Fiber* const fiber = current;
   if (element.copier)
-    fail("writes " + name_element(array, i) + ", to which a copy of " +
-         name_thread(element.copier) + " is under way");
+    fail("writes " + name_element(array, i) + ", to which " + name_copy(element.copier) +
+         " is under way");
   if (element.writer && !ordered(element.writer, element.written))
     fail_unordered("writes", array, i, element.writer, "wrote");
   if (element.reader && element.read >= fiber->block->barrier_time) {
@@ -690,6 +840,15 @@ inline void check_write(const Array& array, int i) {
   }
   if (element.remote_reader && element.remote_read >= fiber->block->cluster->barrier_time)
     fail_unordered("writes", array, i, element.remote_reader, "read");
+  if (fiber->block->asynchronous) {
+    const auto found = array.reads.find(i);
+    if (found != array.reads.end()) {
+      for (const Read& read : found->second)
+        if (!ordered(read.reader, read.time))
+          fail_unordered("writes", array, i, read.reader, "read");
+      array.reads.erase(found);
+    }
+  }
   element.reader = element.other_reader = element.remote_reader = nullptr;
 }
 
@@ -807,6 +966,11 @@ inline Vector<T> narrow_vector(const A (&x)[Vector<T>::width]) {
   return y;
 }
 
+template <class T>
+inline uint32_t narrow_pair(float first, float second) {
+  return narrow<T>(first).bits | uint32_t(narrow<T>(second).bits) << 16;
+}
+
 inline float exp2_approximate(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0 : y;
@@ -855,6 +1019,7 @@ struct Shared {
   void store(int i, T x) const {
     check_inside(*array, i);
     twin::check_write(*array, i);
+    twin::check_asynchronous_reads(*array, i, i + 1);
     twin::note_write(array->element(i));
     memcpy(array->bytes() + size_t(i) * sizeof(T), &x, sizeof(T));
   }
@@ -893,14 +1058,36 @@ namespace twin {
 
 constexpr size_t kSharedBytes = 48 << 10;  // that a block can declare
 
-// The array of this block with this key.
+// Of one that lies in the memory that the launch gives.
+inline void check_place(const Block& block, const Array& array) {
+  const int64_t end = array.offset + int64_t(array.count) * int64_t(array.size);
+  const int64_t given = block.cluster->dynamic_bytes;
+  if (array.offset % 16 || end > given)
+    fail("places " + std::string(array.key) + " at the bytes " + std::to_string(array.offset) +
+         " to " + std::to_string(end) + " of " + std::to_string(given));
+  for (const auto& other : block.arrays) {
+    if (!other->declared || other->offset < 0 || other.get() == &array) continue;
+    const int64_t other_end = other->offset + int64_t(other->count) * int64_t(other->size);
+    if (array.offset < other_end && other->offset < end)
+      fail("places " + std::string(array.key) + " over " + other->key);
+  }
+}
+
+inline void check_dynamic_bytes(int64_t bytes) {
+  const int64_t given = current->block->cluster->dynamic_bytes;
+  if (given != bytes)
+    fail("states " + std::to_string(bytes) + " bytes of dynamic memory, but is launched with " +
+         std::to_string(given));
+}
+
+// The array of this block with this key; `offset`: in the memory that the launch gives, or -1.
 template <class T>
-inline Shared<T> shared(const char* key, int count) {
+inline Shared<T> shared(const char* key, int count, int64_t offset = -1) {
   Block& block = *current->block;
   Array* array = find_array(block, key);
   if (!array) {
     const size_t vectors = (size_t(count) * sizeof(T) + 15) / 16;
-    block.arrays.emplace_back(new Array{key, count, sizeof(T), false, nullptr, {}});
+    block.arrays.emplace_back(new Array{key, count, sizeof(T), false, offset, nullptr, {}, {}});
     array = block.arrays.back().get();
     array->storage.reset(new Vector<unsigned char>[vectors]);
   }
@@ -908,8 +1095,10 @@ inline Shared<T> shared(const char* key, int count) {
     array->declared = true;
     array->clear();
     size_t bytes = 0;
+    if (offset >= 0) check_place(block, *array);
     for (const auto& each : block.arrays)
-      if (each->declared) bytes += (size_t(each->count) * each->size + 15) / 16 * 16;
+      if (each->declared && each->offset < 0)
+        bytes += (size_t(each->count) * each->size + 15) / 16 * 16;
     if (bytes > kSharedBytes)
       fail("declares " + std::to_string(bytes) + " bytes of shared memory, of " +
            std::to_string(kSharedBytes));
@@ -964,22 +1153,26 @@ inline void warp_barrier() { twin::meet_warp(twin::Operation::kWarpBarrier, true
 
 inline void block_barrier() {
   twin::Block& block = *twin::current->block;
-  twin::meet(block.meeting, twin::Operation::kBlockBarrier,
-             [&] { block.barrier_time = ++block.cluster->now; });
+  twin::meet(block.meeting, twin::Operation::kBlockBarrier, [&] {
+    ++block.cluster->now;
+    twin::pass_block_barrier(block);
+  });
 }
 
 inline void cluster_barrier() {
   twin::Cluster& cluster = *twin::current->block->cluster;
   twin::meet(cluster.meeting, twin::Operation::kClusterBarrier, [&] {
     cluster.barrier_time = ++cluster.now;
-    for (twin::Block& block : cluster.blocks) block.barrier_time = cluster.now;
+    for (twin::Block& block : cluster.blocks) twin::pass_block_barrier(block);
   });
 }
 
 // ---- asynchronous copies ----
 
+namespace twin {
+
 template <class T>
-inline void copy_async(const Shared<T>& to, int i, const T* from) {
+inline void start_copy(const Shared<T>& to, int i, const void* from) {
   constexpr int count = Vector<T>::width;
   twin::Array& array = *to.array;
   Shared<T>::check_inside(array, i);
@@ -987,6 +1180,7 @@ inline void copy_async(const Shared<T>& to, int i, const T* from) {
   unsigned char* const bytes = array.bytes() + size_t(i) * sizeof(T);
   twin::check_aligned(from, "copies from");
   twin::check_aligned(bytes, "copies to");
+  twin::check_asynchronous_reads(array, i, i + count);
   for (int j = i; j < i + count; ++j) {
     twin::check_write(array, j);
     twin::Element& element = array.element(j);
@@ -997,6 +1191,20 @@ inline void copy_async(const Shared<T>& to, int i, const T* from) {
   twin::Copy copy = {from, {}, bytes, &array.element(i), count};
   memcpy(copy.seen, from, 16);
   twin::current->groups.back().push_back(copy);
+}
+
+}  // namespace twin
+
+template <class T>
+inline void copy_async(const Shared<T>& to, int i, const T* from) {
+  twin::start_copy(to, i, from);
+}
+
+template <class T>
+inline void copy_async_if(bool there, const Shared<T>& to, int i, const T* from) {
+  alignas(16) static constexpr unsigned char zeros[16] = {};
+  twin::check_aligned(from, "copies from");
+  twin::start_copy(to, i, there ? static_cast<const void*>(from) : zeros);
 }
 
 inline void copy_async_commit() { twin::current->groups.emplace_back(); }
@@ -1094,3 +1302,5 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 }
 
 }  // namespace fastgpt::cuda
+
+#include "twin_asynchronous.h"

@@ -6,8 +6,8 @@ faster. Without one they have not run there, and are not trusted unasked, not ev
 missing.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,8 +15,10 @@ from fastgpt import dispatch
 from fastgpt.backends import coverage, extensions, measured
 from fastgpt.backends.measured import Measurement
 from fastgpt.dispatch import NOT_IMPLEMENTED, Cell, lookup, register
+from fastgpt.ops.attention import AttentionCall
 from fastgpt.ops.cross_entropy import CrossEntropyCall
 
+MAX_HEAD_DIM = 256  # of attention: csrc/cuda/attention_launch.h
 OLDEST = (8, 0)  # the oldest capability that the extension has code for; what is newer runs its PTX
 
 
@@ -53,9 +55,34 @@ def unserved(device: torch.device) -> str:
     return "its compute capability, {}.{}, is older than {}.{}".format(*version, *OLDEST)
 
 
-def cell(reason: str, measurements: Sequence[Measurement]) -> Cell:
-    """Cross-entropy's cell, by the measurements that are stored; `reason`: why it is off."""
-    op = "cross_entropy"
+class _Rule(NamedTuple):
+    """What the kernels of an op cover."""
+
+    device: Callable[[Any], torch.device]  # of a call
+    covers: Callable[[Any], str]  # why they cannot do it; empty where they can
+
+
+def _covers_cross_entropy(call: CrossEntropyCall) -> str:
+    return coverage.cross_entropy(call, rows=False)
+
+
+def _covers_attention(call: AttentionCall) -> str:
+    if call.query.dtype not in (torch.bfloat16, torch.float16):
+        return f"query of type {call.query.dtype}: only bfloat16 and float16"
+    if call.attn_mask is not None:
+        return "an attn_mask"
+    return coverage.attention(call, MAX_HEAD_DIM)
+
+
+_RULES = {
+    "cross_entropy": _Rule(lambda call: call.logits.device, _covers_cross_entropy),
+    "scaled_dot_product_attention": _Rule(lambda call: call.query.device, _covers_attention),
+}
+
+
+def cell(reason: str, measurements: Sequence[Measurement], op: str = "cross_entropy") -> Cell:
+    """An op's cell, by the measurements that are stored; `reason`: why it is off."""
+    rule = _RULES[op]
     known = measured.latest(measurements, op)
     faster = [chip for chip, m in known.items() if m.ratio > 1]
 
@@ -75,9 +102,9 @@ def cell(reason: str, measurements: Sequence[Measurement]) -> Cell:
             why = f"measured there it takes {slower:.3g} times Triton's time ({date})"
         return f"runs {where} only when asked for, by fastgpt.backend('native'): {why}"
 
-    def covers(call: CrossEntropyCall) -> str:
-        device = call.logits.device
-        why_not = unserved(device) or coverage.cross_entropy(call, rows=False)
+    def covers(call: Any) -> str:
+        device = rule.device(call)
+        why_not = unserved(device) or rule.covers(call)
         if why_not or dispatch.asked_for() == "native":
             return why_not
         why_not = not_by_default(device)
@@ -97,6 +124,6 @@ def cell(reason: str, measurements: Sequence[Measurement]) -> Cell:
     return Cell(op, "native", "cuda", reason, covers, bool(faster), note)
 
 
-register(cell(_reason, measured.read()))
+for _op in _RULES:
+    register(cell(_reason, measured.read(), _op))
 register(Cell("linear_cross_entropy", "native", "cuda", NOT_IMPLEMENTED))
-register(Cell("scaled_dot_product_attention", "native", "cuda", NOT_IMPLEMENTED))

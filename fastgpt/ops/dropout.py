@@ -12,7 +12,8 @@ them,
 with the constants of Wellons's lowbias32 ("Prospecting for Hash Functions", 2018), and the weight
 is dropped if they are less than p 2^32. Philox alone would cost four times as much for each weight.
 
-csrc/cpu/attention.inl.h and backends/triton/attention.py hold the same function.
+csrc/cpu/attention.inl.h, csrc/cuda/attention_tiles.cuh and backends/triton/attention.py hold the
+same function.
 """
 
 import torch

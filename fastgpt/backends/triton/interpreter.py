@@ -1,8 +1,10 @@
 """Corrections to Triton's interpreter, in which the tests run the kernels on a CPU.
 
 It keeps bfloat16 as its 16 bits, and (up to 3.7) truncates float32 to it, converts other types to
-it as if it were an integer, and multiplies matrices of it as integers. It warns of infinities and
-NaN, with which a GPU computes in silence.
+it as if it were an integer, and multiplies matrices of it as integers. Products of float32 it takes
+from BLAS, which sums in another order for a transposed matrix, and on another processor: a score
+that a kernel forms again the other way round would differ in its last bits, which on a GPU it does
+not. It warns of infinities and NaN, with which a GPU computes in silence.
 """
 
 from typing import Any
@@ -24,7 +26,7 @@ def _rounded(x: np.ndarray) -> np.ndarray:
 
 
 def correct() -> None:
-    """Replace the interpreter's conversions and matrix products where bfloat16 takes part."""
+    """Replace the interpreter's conversions of bfloat16, and its matrix products."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     if cast.__module__ == __name__:
         return
@@ -43,7 +45,11 @@ def correct() -> None:
             TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
             for x in (a, b)
         ]
-        return dot(self, *wide, d, *options)
+        if d.dtype.scalar != tl.float32:
+            return dot(self, *wide, d, *options)
+        # Sums in float64 round to the same float32 in any order.
+        product = np.matmul(*(x.data.astype(np.float64) for x in wide)).astype(np.float32)
+        return TensorHandle(product + d.data, tl.float32)
 
     run = GridExecutor.__call__
 

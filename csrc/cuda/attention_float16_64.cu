@@ -1,0 +1,5 @@
+#include "attention_launch.cuh"
+
+namespace fastgpt::cuda {
+const AttentionLaunches attention_float16_64 = attention_launches<float16, 64>;
+}

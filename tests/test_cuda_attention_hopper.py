@@ -1,0 +1,141 @@
+"""What only Hopper's kernels of attention have, in the host twin: a stream of tiles through stages,
+two warpgroups by turns, and the tensors that can be copied in boxes.
+"""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import twin
+from attention_cases import Sizes, boundaries, sinks, slopes
+from backends import TWIN, activate
+from oracle import REDUCED_DTYPES, random_qkv
+from test_cuda_attention import assert_exact
+
+PROGRAM = Path(__file__).parent / "cuda_attention_hopper.cpp"
+BLOCK = TILE = 128  # queries, and keys
+
+
+def use_hopper(on: bool) -> None:
+    torch.ops.fastgpt_twin_settings.hopper(on)
+
+
+@pytest.fixture
+def hopper():
+    twin.load()
+    use_hopper(True)
+    yield from activate(TWIN)
+    use_hopper(False)
+
+
+def output_and_lse(backend, inputs, **options):
+    return backend.attention(*inputs, return_lse=True, **options)
+
+
+def runs_on_hopper(backend, inputs, **options) -> bool:
+    """Whether a call has other bits than the kernels of Ampere have, whose tiles have 64 keys."""
+    ours = output_and_lse(backend, inputs, **options)[1]
+    use_hopper(False)
+    theirs = output_and_lse(backend, inputs, **options)[1]
+    use_hopper(True)
+    assert (ours - theirs).abs().max() <= 1e-4
+    return not torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", REDUCED_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("tiles", [2, 3, 5])
+def test_a_stage_is_taken_for_another(hopper, tiles, head_dim, dtype):
+    """Of two stages each, the parity of which turns after every round; and the two warpgroups have
+    different rows.
+    """
+    inputs = random_qkv(1, 1, 1, BLOCK, tiles * TILE - 3, head_dim, head_dim, dtype=dtype)
+    assert runs_on_hopper(hopper, inputs)
+    assert_exact(hopper, inputs, is_causal=True, causal_alignment="bottom_right")
+
+
+OPTIONS = {
+    "top left": lambda n: {"is_causal": True},
+    "window": lambda n: {"window": (TILE + 9, 5), "causal_alignment": "bottom_right"},
+    "documents": lambda n: {
+        "cu_seqlens_q": boundaries(n.L, 0.1, 0.1, 0.6), "is_causal": True,
+        "cu_seqlens_k": boundaries(n.S, 0.2, 0.5, 0.5),
+    },
+    "everything": lambda n: {
+        "softcap": 3.0, "alibi_slopes": slopes(n), "sinks": sinks(n), "dropout_p": 0.2,
+        "is_causal": True, "causal_alignment": "bottom_right",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_is_wrong_at_width_128(hopper, name):
+    """With heads of 104 and values of 72 columns, of which a box has none beyond."""
+    n = Sizes(1, 2, BLOCK + 5, 3 * TILE + 1, torch.bfloat16)
+    inputs = random_qkv(1, 2, 1, n.L, n.S, 104, 72, dtype=n.dtype)
+    assert_exact(hopper, inputs, **OPTIONS[name](n))
+
+
+def test_a_query_that_sees_nothing_is_not_zero(hopper):
+    inputs = random_qkv(1, 1, 1, 2 * BLOCK, TILE, 64, 64, dtype=torch.float16)
+    out, lse = output_and_lse(hopper, inputs, is_causal=True, causal_alignment="bottom_right")
+    blind = BLOCK  # the first block sees no tile at all
+    assert torch.equal(out[:, :, :blind], torch.zeros_like(out[:, :, :blind]))
+    assert (lse[:, :, :blind] == -torch.inf).all()
+    assert lse[:, :, blind:].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["heads inside", "unaligned", "expanded", "a single row"])
+def test_a_layout_is_copied_wrongly(hopper, layout):
+    """In boxes where the hardware can; what it cannot goes another way, with the same results."""
+    query, key, value = random_qkv(2, 2, 2, 70, 300, 64, 64, dtype=torch.bfloat16)
+    if layout == "heads inside":  # (B, T, H, D), as a GPT has it
+        query, key, value = (
+            x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)
+        )
+    elif layout == "unaligned":
+        room = torch.zeros(2, 2, 300, 67, dtype=torch.bfloat16)
+        room[..., 1:65] = key
+        key = room[..., 1:65]
+    elif layout == "expanded":
+        key, value = (x[:, :1].expand(-1, 2, -1, -1) for x in (key, value))
+    else:
+        query = query[:, :, :1]
+    if layout != "a single row":  # whose few numbers may be those of the other kernels
+        assert runs_on_hopper(hopper, (query, key, value)) == (layout == "heads inside")
+    assert_exact(hopper, (query, key, value))
+
+
+# Of four tiles, what nothing depends on: the last two arrivals of the keys' and of the values'
+# stages, which are not filled again; and the wait for the second stage of keys, since that for the
+# first one of values says as much: both warpgroups have multiplied those keys before.
+NOT_NEEDED = {("arrival", n) for n in (3, 5, 6, 7)} | {("empty", 2)}
+
+
+@pytest.mark.slow
+def test_a_missing_wait_fence_or_arrival_goes_unnoticed(tmp_path):
+    """Each of them is left out of the kernel in turn, on the host: the twin must find that, or the
+    results must be others.
+    """
+    program = tmp_path / "attention"
+    compiler = twin.setup().find_compiler()
+    flags = shlex.split("-std=c++17 -O1 -Wall -Wextra -Werror")
+    build = subprocess.run(
+        [*compiler, *flags, str(PROGRAM), "-o", str(program)], capture_output=True, text=True
+    )
+    assert build.returncode == 0, build.stderr
+    run = subprocess.run([str(program)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    outcomes = {
+        (what, int(n)): outcome
+        for what, n, outcome in re.findall(r"^without (\w+) (\d+): (.*)$", run.stdout, re.M)
+    }
+    counts = {what: sum(1 for kind, _ in outcomes if kind == what) for what, _ in outcomes}
+    assert counts == {
+        "block_barrier": 1, "fence_barriers": 1, "warpgroup_fence": 5, "warpgroup_wait": 8,
+        "full": 9, "empty": 4, "arrival": 8,
+    }  # fmt: skip
+    assert {what for what, outcome in outcomes.items() if outcome == "passed"} == NOT_NEEDED
