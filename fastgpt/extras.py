@@ -8,6 +8,7 @@ from typing import Any
 EXTRAS: dict[str, tuple[str, ...]] = {
     "plot": ("matplotlib",),
     "gpt": ("numpy", "safetensors", "tokenizers", "tqdm"),
+    "tensorboard": ("tensorboard",),
     "transformers": ("transformers>=5", "accelerate>=1.1", "safetensors"),
 }
 

@@ -575,7 +575,6 @@ def test_a_last_line_that_a_crash_cut_short_is_left_out_and_other_damage_is_an_e
 
 
 def test_tensorboard_gets_the_histograms_and_ratios_that_the_file_has(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     torch.manual_seed(0)
@@ -607,7 +606,7 @@ def test_tensorboard_gets_the_histograms_and_ratios_that_the_file_has(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("library", "extra"), [("tensorboard", "tensorboard"), ("matplotlib", "gpt")]
+    ("library", "extra"), [("tensorboard", "tensorboard"), ("matplotlib", "plot")]
 )
 def test_a_missing_library_is_an_error_that_names_its_extra(tmp_path, monkeypatch, library, extra):
     for module in list(sys.modules):

@@ -21,6 +21,7 @@ times the gradient, which under Adam it is not.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ class Diagnostics:
         self._said: set[tuple[str, str]] = set()
         self._tensorboard: Any = None
         if every and tensorboard:
-            require("tensorboard", extra="tensorboard")
-            self._tensorboard = require("torch.utils.tensorboard")
+            require("tensorboard")
+            self._tensorboard = import_module("torch.utils.tensorboard")
 
     def start(self, last_step: int | None = None) -> None:
         """Begin a new history, or continue the one in the folder after `last_step`."""
