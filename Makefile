@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 SOURCES := $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
-FORMATTED := $(filter-out setup.py,$(SOURCES)) $(wildcard tests/*.cpp tests/*.cu tests/*.cuh benchmarks/*.cpp)
+FORMATTED := $(filter-out setup.py,$(SOURCES)) $(wildcard tests/*.cpp tests/*.cu tests/*.cuh tests/*.h benchmarks/*.cpp)
 
 .PHONY: demo test lint format bench gpu gpu-quick clean
 

@@ -50,6 +50,8 @@ REFERENCES = {recipe: recipe for recipe in RECIPES}
 # The compiler is to change nothing; it takes the longest, and so runs once.
 RECIPES["compiled"] = ({"compile": True}, ("tensor-parallel",))
 REFERENCES["compiled"] = "a batch"
+RECIPES["watched"] = ({"diagnostics": 2}, ("plain",))
+REFERENCES["watched"] = "a batch"
 CASES = [(recipe, way) for recipe, (_, ways) in RECIPES.items() for way in ways]
 STOPPED = ("plain", "fsdp, tensor-parallel")
 RESUMED = list(zip(WAYS, [*list(WAYS)[1:], "plain"], strict=True))  # each once as either
@@ -142,7 +144,11 @@ def work(rank: int, size: int, folder: Path) -> None:
     trainer.run()
     torch.save(trainer.spikes.skipped, folder / f"skipped-{rank}.pt")
     messages = []
-    for changes in ({"batch_size": 3}, {"tensor_parallel": True, "loss": "torch"}):
+    for changes in (
+        {"batch_size": 3},
+        {"tensor_parallel": True, "loss": "torch"},
+        {"fsdp": True, "diagnostics": 2},
+    ):
         try:
             make_trainer(settings(folder, "wrong", **changes))
         except UsageError as error:
@@ -297,10 +303,11 @@ def test_a_spike_that_one_process_sees_parts_them(folder):
 @pytest.mark.slow
 def test_settings_that_two_processes_cannot_share_are_taken(folder):
     for rank in range(2):
-        batch, loss = torch.load(folder / f"messages-{rank}.pt")
+        batch, loss, looks = torch.load(folder / f"messages-{rank}.pt")
         assert "batch_size must be a multiple of the number of processes" in batch
         assert "got 3 and 2" in batch
         assert "needs the loss linear_cross_entropy or cross_entropy, got 'torch'" in loss
+        assert "--diagnostics looks at whole parameters, and --fsdp shares them out" in looks
     assert not (folder / "wrong").exists()
 
 

@@ -184,7 +184,7 @@ def test_what_a_checkpoint_keeps_of_spikes_decides_alike():
 
 
 def test_a_step_with_a_spike_is_applied_or_not_counted(settings):
-    trainer = make_trainer({**settings, "skip_spikes": 5.0})
+    trainer = make_trainer({**settings, "skip_spikes": 5.0, "diagnostics": 1})
     loss_fn, seen = trainer.loss_fn, []
     trainer.loss_fn = lambda *tensors: (
         loss_fn(*tensors) * (math.nan if trainer.model.training and trainer.step in (2, 3) else 1)
