@@ -92,4 +92,4 @@ def test_without_matplotlib_a_reader_is_not_told_what_to_install(tmp_path):
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert "needs the library 'matplotlib'" in last
-    assert "pip install 'fastgpt[gpt]'" in last
+    assert "pip install 'fastgpt[plot]'" in last

@@ -23,8 +23,10 @@ def panels(columns: int, rows: int = 1, height: float = 3.4, **options: Any) -> 
 
 def save(figure: Any, script: str) -> None:
     """Write the figure of a chapter, given its `__file__`, to figures/ beside it."""
+    from PIL import Image  # which matplotlib needs, too
+
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
-    few_colours = require("PIL.Image").open(drawn).convert("RGB").quantize(128)  # a third the size
+    few_colours = Image.open(drawn).convert("RGB").quantize(128)  # a third the size
     with atomic_path(Path(script).parent / "figures" / f"{Path(script).stem}.png") as temporary:
         few_colours.save(temporary, format="png", optimize=True)
