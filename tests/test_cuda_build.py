@@ -6,7 +6,6 @@ kernel is held against what the kernel itself states by __launch_bounds__, and t
 linked and loaded beside the torch that is installed.
 """
 
-import fcntl
 import importlib.util
 import json
 import math
@@ -15,14 +14,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import triton
+from once import made_once
 
 from fastgpt.backends.triton import aot
 from fastgpt.backends.triton.chips import CHIPS
@@ -182,25 +181,10 @@ def make_stub(folder: Path, source: str) -> Path:
     return stub
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Build:
     """The real sources, built once for all the processes of the tests."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    folder = base / "cuda-build"
-    with locked(base / "cuda-build.lock"):
-        if not (folder / "finished").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            build(ROOT, folder)
-            (folder / "finished").touch()
+    folder = made_once(tmp_path_factory, "cuda-build", lambda folder: build(ROOT, folder))
     return Build(folder)
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from once import made_once
 
 import fastgpt
 from fastgpt.backends import triton as package
@@ -234,12 +235,17 @@ def test_a_broken_kernel_passes(change, complaint):
 
 
 @pytest.fixture(scope="module")
-def broken_kernels():
+def broken_kernels(tmp_path_factory):
     """What `aot` finds in each kernel of broken_kernels.py, for each chip."""
-    result = python(ROOT / "tests" / "broken_kernels.py", "compile")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return json.loads(result.stdout)
+
+    def make(folder):
+        result = python(ROOT / "tests" / "broken_kernels.py", "compile")
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        (folder / "found.json").write_text(result.stdout)
+
+    folder = made_once(tmp_path_factory, "broken-triton-kernels", make)
+    return json.loads((folder / "found.json").read_text())
 
 
 @pytest.mark.slow
@@ -324,17 +330,23 @@ def test_the_document_does_not_list_its_rows():
 
 @pytest.fixture(scope="module")
 def whole_report(tmp_path_factory):
-    path = tmp_path_factory.mktemp("report") / "report.json"
-    result = python("-m", "fastgpt.backends.triton.report", "--json", path)
-    assert result.stderr == ""
-    return result, json.loads(path.read_text())["kernels"]
+    """(The command's exit status, the kernels)."""
+
+    def make(folder):
+        result = python("-m", "fastgpt.backends.triton.report", "--json", folder / "report.json")
+        assert result.stderr == ""
+        (folder / "status").write_text(str(result.returncode))
+
+    folder = made_once(tmp_path_factory, "triton-report", make)
+    report = json.loads((folder / "report.json").read_text())
+    return int((folder / "status").read_text()), report["kernels"]
 
 
 @pytest.mark.slow
 def test_a_stored_kernel_spills_does_not_fit_or_lacks_its_instructions(whole_report):
-    result, kernels = whole_report
+    status, kernels = whole_report
     complaints = "\n".join(complaint for kernel in kernels for complaint in kernel["complaints"])
-    assert result.returncode == 0, complaints
+    assert status == 0, complaints
     assert complaints == ""
 
 
