@@ -26,11 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from benchmarks import peers
 from benchmarks.attention_scaling import multiply_adds
@@ -123,11 +118,7 @@ class Trainee:
         model.use_attention(attention_function(variant.attention))
         loss_fn = loss_function(variant.loss)
         if variant.recomputes:
-            for block in model.transformer.h:
-                block.forward = functools.partial(  # type: ignore[method-assign]
-                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
-                    context_fn=functools.partial(create_selective_checkpoint_contexts, _policy),
-                )  # fmt: skip
+            model.checkpoint_activations(keep_products=True)
 
         def forward(x: Tensor, y: Tensor) -> Tensor:
             loss = model(x, y, loss_fn)[1]
@@ -198,15 +189,6 @@ class Trainee:
         gradients = [parameter.grad for parameter in self.parameters]
         self.optimizer.zero_grad()
         return loss.item(), gradients  # type: ignore[return-value]
-
-
-PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "fastgpt.attention_forward")
-
-
-def _policy(_context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Products and attention are kept; what lies between them is cheap to compute again."""
-    kept = str(operator).removesuffix(".default") in PRODUCTS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # ---- where the time goes ----
@@ -417,8 +399,8 @@ def page(found: list[Measured], where: dict[str, Any]) -> str:
         "[quartiles]. Memory is the most that torch's allocator held in a step, gradients not "
         "counted. *Recomputing* keeps the results of products and attention, and computes what "
         "lies between them again for the backward, as torch.compile does "
-        "(`torch.utils.checkpoint` with a policy). In *bfloat16 autocast* the weights are float32, "
-        "in *bfloat16* nothing is.\n",
+        "(`GPT.checkpoint_activations(keep_products=True)`). In *bfloat16 autocast* the weights are "
+        "float32, in *bfloat16* nothing is.\n",
         f"{where['cpu']}, {where['threads']} threads, {where['isa']}, torch {where['torch']}, "
         f"commit {where['commit']}, load average {where['load_average']:.1f} before.\n",
         *table(found),

@@ -1,7 +1,7 @@
 """`drop_in()`: an unmodified model on the fused kernels."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -144,13 +144,18 @@ def _exchange_modes(modes: list[TorchFunctionMode]) -> None:
         _push_mode(mode)
 
 
-def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def checkpoint_context_fn(
+    policy: Callable[..., CheckpointPolicy] | None = None,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Activation checkpointing that recomputes on the kernels which the forward ran on.
 
     Pass it as `torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False,
     context_fn=fastgpt.checkpoint_context_fn)`. The recomputation runs during the backward pass,
     maybe in another thread and after `fastgpt.drop_in()` and `fastgpt.backend(...)` have ended; it
     is given the state that the forward had of both.
+
+    With a `policy` (of `torch.utils.checkpoint.create_selective_checkpoint_contexts`) some results
+    are kept: pass `functools.partial(fastgpt.checkpoint_context_fn, policy)`.
 
     Inside `torch.compile` the recomputation is part of the graph, with the kernels that were chosen
     when it was traced; what is recomputed is up to the compiler, as without this function. Enter
@@ -159,8 +164,19 @@ def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContex
     in a compiled checkpoint, and runs its own functions.
     """
     if TracingContext.try_get() is not None:  # is_compiling is false here on torch 2.10
-        return create_selective_checkpoint_contexts(_recompute)
-    return nullcontext(), _Recomputation()
+        return create_selective_checkpoint_contexts(policy or _recompute)
+    if policy is None:
+        return nullcontext(), _Recomputation()
+    keeping, using = create_selective_checkpoint_contexts(policy)
+    return keeping, _both(_Recomputation(), using)
+
+
+@contextmanager
+def _both(
+    first: AbstractContextManager[Any], second: AbstractContextManager[Any]
+) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 def _recompute(*args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -1,13 +1,16 @@
 """Learning rates, steps left out as spikes, and the arithmetic of a step."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastgpt
 from fastgpt.gpt import GPT, PRESETS, GPTConfig, TrainConfig
 from fastgpt.gpt.config import SCHEDULES
 from fastgpt.gpt.errors import UsageError
@@ -111,7 +114,7 @@ def test_a_setting_out_of_range_is_taken(setting, value, message):
 
 
 def test_options_that_are_switches_can_be_switched_off_when_resuming():
-    for name in ("fsdp", "tensor_parallel", "compile", "checkpoint_activations"):
+    for name in ("fsdp", "tensor_parallel", "compile", "checkpoint_activations", "keep_products"):
         option = name.replace("_", "-")
         assert vars(parse_arguments([f"--{option}"])) == {name: True}
         assert vars(parse_arguments([f"--no-{option}"])) == {name: False}
@@ -371,13 +374,66 @@ def test_gradients_differ_when_activations_are_computed_again(dropout):
     model = GPT(config)
     x, y = torch.randint(64, (2, 3, 16))
     gradients = []
-    for enabled in (False, True):
-        model.checkpoint_activations(enabled)
+    for enabled, keep_products in ((False, False), (True, False), (True, True)):
+        model.checkpoint_activations(enabled, keep_products=keep_products)
         torch.manual_seed(1)
         model(x, y)[1].backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
-    assert all(map(torch.equal, *gradients))
+    assert all(map(torch.equal, gradients[0], gradients[1]))
+    assert all(map(torch.equal, gradients[0], gradients[2]))
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls[operator.name()] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_products_that_were_kept_are_formed_again(backend):
+    """And the rest not, or by another backend than the forward had."""
+    model = GPT(replace(PRESETS["tiny"], vocab_size=64, block_size=16, dropout=0.1))
+    x, y = torch.randint(64, (2, 3, 16))
+    calls = []
+    for enabled, keep_products in ((False, False), (True, False), (True, True)):
+        model.checkpoint_activations(enabled, keep_products=keep_products)
+        with fastgpt.backend(backend):
+            loss = model(x, y)[1]
+        with Counted() as counted:
+            loss.backward()
+        calls.append(counted.calls)
+    plain, again, kept = calls
+    attention = "fastgpt::attention_forward" if backend == "native" else "aten::bmm"
+    for name in ("aten::addmm", attention):
+        assert again[name] > plain[name] == kept[name]
+    assert again["aten::gelu"] == kept["aten::gelu"] > plain["aten::gelu"] == 0
+    assert bool(again["fastgpt::attention_forward"]) == (backend == "native")
+
+
+@pytest.mark.slow
+def test_a_compiled_step_that_keeps_products_has_other_gradients():
+    model = GPT(replace(PRESETS["tiny"], vocab_size=64, block_size=16))
+    x, y = torch.randint(64, (2, 3, 16))
+    model(x, y)[1].backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.checkpoint_activations(keep_products=True)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x, y)[1].backward()
+    for found, want in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.grad, want)
+
+
+def test_products_are_kept_of_nothing():
+    message = "keep_products must be False without checkpoint_activations, got True"
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(keep_products=True)
 
 
 def test_checkpointed_blocks_keep_more_than_their_inputs():

@@ -123,6 +123,9 @@ class TrainConfig:
     checkpoint_activations: bool = _setting(
         False, "keep each block's input alone for the backward pass, and compute it again there"
     )
+    keep_products: bool = _setting(
+        False, "with --checkpoint-activations: but keep the results of products and of attention"
+    )
     fsdp: bool = _setting(False, "share out parameters and optimiser over the processes")
     tensor_parallel: bool = _setting(
         False, "share out the token embedding and output layer by vocabulary"
@@ -146,6 +149,9 @@ class TrainConfig:
         _check(0 <= self.decay_share <= 1, "decay_share", "in [0, 1]", self.decay_share)
         if self.decay_every is not None:
             _check(self.decay_every >= 1, "decay_every", "at least 1", self.decay_every)
+        if not self.checkpoint_activations:
+            only = "False without checkpoint_activations"
+            _check(not self.keep_products, "keep_products", only, True)
         _check(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
         _check(self.lr > 0, "lr", "above 0", self.lr)
         _check(0 <= self.last_lr <= self.lr, "min_lr", f"in [0, lr={self.lr}]", self.min_lr)

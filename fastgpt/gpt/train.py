@@ -103,7 +103,9 @@ class Trainer:
         )
         self.model = GPT(model_config).to(self.device)
         self.num_parameters = self.model.num_parameters()
-        self.model.checkpoint_activations(config.checkpoint_activations)
+        self.model.checkpoint_activations(
+            config.checkpoint_activations, keep_products=config.keep_products
+        )
         if config.tensor_parallel and self.world.group is not None:
             self.loss_fn = vocabulary_loss(config.loss, self.world.group)
         else:
