@@ -399,8 +399,8 @@ def page(found: list[Measured], where: dict[str, Any]) -> str:
         "[quartiles]. Memory is the most that torch's allocator held in a step, gradients not "
         "counted. *Recomputing* keeps the results of products and attention, and computes what "
         "lies between them again for the backward, as torch.compile does "
-        "(`GPT.checkpoint_activations(keep_products=True)`). In *bfloat16 autocast* the weights are "
-        "float32, in *bfloat16* nothing is.\n",
+        "(`GPT.checkpoint_activations(keep_products=True)`). In *bfloat16 autocast* the weights "
+        "are float32, in *bfloat16* nothing is.\n",
         f"{where['cpu']}, {where['threads']} threads, {where['isa']}, torch {where['torch']}, "
         f"commit {where['commit']}, load average {where['load_average']:.1f} before.\n",
         *table(found),
