@@ -1,6 +1,5 @@
 """What a run is, beside its settings: the model, the text, the machine and its kernels."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import fastgpt
 
 from .config import GPTConfig, TrainConfig
 from .data import Dataset
-from .errors import CheckpointError
+from .folder import read_json
 
 
 def about(
@@ -41,15 +40,7 @@ def read_about(path: Path) -> dict[str, Any] | None:
 
     Raises CheckpointError, naming the file, if it is damaged.
     """
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    return read_json(path) if path.is_file() else None
 
 
 def kernels(config: TrainConfig, shape: GPTConfig, device: torch.device) -> list[str]:

@@ -12,7 +12,10 @@ from .errors import CheckpointError, UsageError
 from .tokenizer import from_json
 
 LATEST, BEST = "latest.safetensors", "best.safetensors"
-_FILES = (LATEST, BEST, "config.json", "tokenizer.json", "metrics.csv", "loss.png")
+_FILES = (
+    *(LATEST, BEST, "config.json", "tokenizer.json", "about.json", "metrics.csv", "loss.png"),
+    *("samples.jsonl", "diagnostics.jsonl", "report.html"),
+)
 
 
 def load_config(run: Path) -> TrainConfig:
@@ -54,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file; is {path.parent} the folder of a run?")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -145,8 +145,9 @@ class Trainer:
                 keep_checkpoint(resume, self.step, config.keep)
             for history in (self.metrics, self.samples, self.diagnostics):
                 history.start(last_step=self.step if resume else None)
+            own = replace(config, batch_size=config.batch_size // self.world.size)
             about_run = about(
-                config, model_config, self.num_parameters, self.data, self.device, self.bigram_loss
+                own, model_config, self.num_parameters, self.data, self.device, self.bigram_loss
             )
             write_json(out / "about.json", about_run)
             write_json(out / "tokenizer.json", self.data.tokenizer.to_json())
