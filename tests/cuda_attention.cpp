@@ -2,7 +2,6 @@
 // asynchronous copies left out, each in turn. Prints a line for each of the latter: what was left
 // out of which kernel, and what the twin says of it, or "passed". Fails if a kernel fails as it is.
 #include <cstdio>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -28,28 +27,13 @@ inline void some_copy_async_wait() {
 #define copy_async_wait some_copy_async_wait
 #include "../csrc/cuda/attention_backward.cuh"
 #include "../csrc/cuda/attention_forward.cuh"
+#include "cuda_attention_inputs.h"
 
 using namespace fastgpt::cuda;
 
 namespace {
 
 constexpr int kWidth = 64, kLength = 130;  // three tiles of keys, or of queries
-
-// A matrix (1, 1, N, kWidth) on a boundary of 16 bytes.
-struct Matrices {
-  std::vector<Vector<bfloat16>> memory;
-  explicit Matrices(unsigned seed) : memory(kLength * kWidth / 8) {
-    std::mt19937 generator(seed);
-    std::normal_distribution<float> normal;
-    for (auto& vector : memory) {
-      for (bfloat16& x : vector.data) x = narrow<bfloat16>(normal(generator));
-    }
-  }
-  template <class Void>
-  Heads<Void> heads() {
-    return {memory.data(), 0, 0, kWidth, true};
-  }
-};
 
 template <class Kernel, class Arguments>
 std::string run(Kernel* kernel, const Arguments& a, int bytes) {
@@ -90,20 +74,13 @@ bool check(const char* name, Kernel* kernel, const Arguments& a, int bytes) {
 }  // namespace
 
 int main() {
-  Matrices q(1), k(2), v(3), g(4), o(5), lost(6), dq(7), dk(8), dv(9);
+  Matrix16 q(1, kLength, kWidth), k(2, kLength, kWidth), v(3, kLength, kWidth),
+      g(4, kLength, kWidth), o(5, kLength, kWidth), lost(6, kLength, kWidth),
+      dq(7, kLength, kWidth), dk(8, kLength, kWidth), dv(9, kLength, kWidth);
   std::vector<float> lse(kLength), row_max(kLength), row_sum(kLength, 1), delta(kLength),
       inverse(kLength, 1);
   Attention shared{};
-  shared.batch = shared.query_heads = shared.heads = shared.group = 1;
-  shared.queries = 64, shared.keys = kLength;
-  shared.head_dim = shared.value_dim = kWidth;
-  shared.query = q.heads<const void>();
-  shared.key = k.heads<const void>();
-  shared.value = v.heads<const void>();
-  shared.before = -(1 << 30), shared.after = 1 << 30;
-  shared.scale = shared.unit = 0.125f;
-  shared.factor = 0.125f * 1.442695f;
-  shared.rescale = 1;
+  attend(shared, q, k, v, 64, kLength);
   shared.section = 1;
 
   AttentionForward forward{};

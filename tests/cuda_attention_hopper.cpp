@@ -2,7 +2,6 @@
 // or arrival left out, each in turn. Prints a line for each of the latter: what was left out, and
 // what the twin says of it, "other results", or "passed". Fails if the kernel fails as it is.
 #include <cstdio>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -70,6 +69,7 @@ struct SomeBarriers : Barriers {
 #define warpgroup_wait some_warpgroup_wait
 #define Barriers SomeBarriers
 #include "../csrc/cuda/attention_hopper.cuh"
+#include "cuda_attention_inputs.h"
 
 using namespace fastgpt::cuda;
 
@@ -77,38 +77,14 @@ namespace {
 
 constexpr int kWidth = 64, kQueries = 128, kKeys = 4 * 128 - 5;
 
-// A matrix (1, 1, N, kWidth) on a boundary of 16 bytes.
-struct Matrices {
-  std::vector<Vector<bfloat16>> memory;
-  explicit Matrices(unsigned seed) : memory(kKeys * kWidth / 8) {
-    std::mt19937 generator(seed);
-    std::normal_distribution<float> normal;
-    for (auto& vector : memory) {
-      for (bfloat16& x : vector.data) x = narrow<bfloat16>(normal(generator));
-    }
-  }
-  template <class Void>
-  Heads<Void> heads() {
-    return {memory.data(), 0, 0, kWidth, true};
-  }
-};
-
 }  // namespace
 
 int main() {
-  Matrices q(1), k(2), v(3), o(4), lost(5);
+  Matrix16 q(1, kKeys, kWidth), k(2, kKeys, kWidth), v(3, kKeys, kWidth), o(4, kKeys, kWidth),
+      lost(5, kKeys, kWidth);
   std::vector<float> lse(kQueries), row_max(kQueries), row_sum(kQueries);
   AttentionForward a{};
-  a.batch = a.query_heads = a.heads = a.group = 1;
-  a.queries = kQueries, a.keys = kKeys;
-  a.head_dim = a.value_dim = kWidth;
-  a.query = q.heads<const void>();
-  a.key = k.heads<const void>();
-  a.value = v.heads<const void>();
-  a.before = -(1 << 30), a.after = 1 << 30;
-  a.scale = a.unit = 0.125f;
-  a.factor = 0.125f * 1.442695f;
-  a.rescale = 1;
+  attend(a, q, k, v, kQueries, kKeys);
   a.output = o.heads<void>();
   a.rounding = lost.heads<void>();
   a.lse = lse.data(), a.row_max = row_max.data(), a.row_sum = row_sum.data();
@@ -132,7 +108,7 @@ int main() {
   for (int kind = 0; kind < kKinds; ++kind)
     for (const int n : calls[kind]) all[kind] = n > all[kind] ? n : all[kind];
   const std::vector<float> wanted = lse;
-  const Matrices output = o;
+  const Matrix16 output = o;
   for (int kind = 0; kind < kKinds; ++kind) {
     for (left_out = 0; left_out < all[kind]; ++left_out) {
       left_out_kind = Kind(kind);

@@ -4,8 +4,6 @@ the two ways in which a tile is copied, and their barriers.
 
 import math
 import re
-import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -219,14 +217,7 @@ def test_the_operator_takes_what_its_kernels_cannot_do(on_twin, changed, reason)
 @pytest.mark.slow
 def test_a_missing_barrier_or_wait_goes_unnoticed(tmp_path):
     """Each of them is left out of the kernels in turn, on the host: the twin must find that."""
-    program = tmp_path / "attention"
-    compiler = twin.setup().find_compiler()
-    flags = shlex.split("-std=c++17 -O1 -Wall -Wextra -Werror")
-    build = subprocess.run(
-        [*compiler, *flags, str(PROGRAM), "-o", str(program)], capture_output=True, text=True
-    )
-    assert build.returncode == 0, build.stderr
-    run = subprocess.run([str(program)], capture_output=True, text=True)
+    run = twin.run_program(PROGRAM, tmp_path, "-Wall", "-Wextra", "-Werror")
     assert run.returncode == 0, run.stdout + run.stderr
     left_out = re.findall(r"^(\w+) without (\w+) (\d+): (.*)$", run.stdout, re.M)
     assert {kernel for kernel, *_ in left_out} == {"forward", "query_gradient", "key_gradient"}

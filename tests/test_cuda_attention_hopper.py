@@ -3,8 +3,6 @@ two warpgroups by turns, and the tensors that can be copied in boxes.
 """
 
 import re
-import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -120,14 +118,7 @@ def test_a_missing_wait_fence_or_arrival_goes_unnoticed(tmp_path):
     """Each of them is left out of the kernel in turn, on the host: the twin must find that, or the
     results must be others.
     """
-    program = tmp_path / "attention"
-    compiler = twin.setup().find_compiler()
-    flags = shlex.split("-std=c++17 -O1 -Wall -Wextra -Werror")
-    build = subprocess.run(
-        [*compiler, *flags, str(PROGRAM), "-o", str(program)], capture_output=True, text=True
-    )
-    assert build.returncode == 0, build.stderr
-    run = subprocess.run([str(program)], capture_output=True, text=True)
+    run = twin.run_program(PROGRAM, tmp_path, "-Wall", "-Wextra", "-Werror")
     assert run.returncode == 0, run.stdout + run.stderr
     outcomes = {
         (what, int(n)): outcome

@@ -1,15 +1,12 @@
 """The primitives of csrc/cuda: in the host twin, and as the instructions that nvcc makes."""
 
-import importlib.util
-import os
 import re
-import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import triton
+import twin
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "tests/cuda_primitives.cpp"
@@ -34,27 +31,10 @@ CASES = [
 # The toolkit may lack one.
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-spec = importlib.util.spec_from_file_location("fastgpt_setup", ROOT / "setup.py")
-setup = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(setup)
 
-
-def compiler():
-    command = shlex.split(os.environ.get("CXX", "c++"))
-    if not shutil.which(command[0]):
-        pytest.skip(f"there is no C++ compiler {command[0]}")
-    return command
-
-
-def run_program(folder, *flags):
+def outcomes_of(folder, *flags):
     """What the host program says of each case, by the case's name."""
-    program = folder / "primitives"
-    flags = ["-std=c++17", "-O1", "-g", "-pthread", *flags]
-    build = subprocess.run(
-        [*compiler(), *flags, str(PROGRAM), "-o", str(program)], capture_output=True, text=True
-    )
-    assert build.returncode == 0, build.stderr
-    run = subprocess.run([str(program)], capture_output=True, text=True)
+    run = twin.run_program(PROGRAM, folder, "-g", "-pthread", *flags)
     # 1: a case failed. Anything else is a crash, or a sanitizer's report.
     assert run.returncode in (0, 1), run.stdout + run.stderr
     assert not run.stderr, run.stderr
@@ -63,7 +43,7 @@ def run_program(folder, *flags):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_program(tmp_path_factory.mktemp("twin"), "-Wall", "-Wextra", "-Werror")
+    return outcomes_of(tmp_path_factory.mktemp("twin"), "-Wall", "-Wextra", "-Werror")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,7 +66,7 @@ def test_every_case_is_known_here(outcomes):
     ids=["undefined", "address", "ucontext"],
 )
 def test_twin_is_sound_itself(tmp_path, flags):
-    outcomes = run_program(tmp_path, *flags)
+    outcomes = outcomes_of(tmp_path, *flags)
     assert outcomes == dict.fromkeys(CASES, "passed")
 
 
@@ -176,7 +156,7 @@ HOPPER_INSTRUCTIONS = {
 @pytest.fixture(scope="module", params=["80", "90a"])
 def compiled(request, tmp_path_factory):
     """(architecture, PTX, what ptxas reports, machine code), compiled as the extension is."""
-    toolkits = setup.find_toolkits()
+    toolkits = twin.setup().find_toolkits()
     if not toolkits:
         pytest.skip("there is no nvcc in CUDA_HOME, in CUDA_PATH, on PATH or in /usr/local/cuda")
     folder = tmp_path_factory.mktemp(request.param)

@@ -9,6 +9,7 @@ import fcntl
 import functools
 import importlib.util
 import io
+import subprocess
 from pathlib import Path
 
 import torch
@@ -50,6 +51,15 @@ def build() -> Path:
         with contextlib.redirect_stdout(io.StringIO()):
             s.run_steps(steps, folder)
     return library
+
+
+def run_program(source: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """What a program of the twin did that has no need of torch, built in a folder."""
+    program = folder / source.stem
+    command = [*setup().find_compiler(), "-std=c++17", "-O1", *flags, str(source)]
+    build = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    return subprocess.run([str(program)], capture_output=True, text=True)
 
 
 @functools.cache
