@@ -68,7 +68,7 @@ struct SomeBarriers : Barriers {
 #define warpgroup_fence some_warpgroup_fence
 #define warpgroup_wait some_warpgroup_wait
 #define Barriers SomeBarriers
-#include "../csrc/cuda/attention_hopper.cuh"
+#include "../csrc/cuda/attention_hopper_forward.cuh"
 #include "cuda_attention_inputs.h"
 
 using namespace fastgpt::cuda;

@@ -295,7 +295,7 @@ def test_hoppers_products_are_serialised_or_its_registers_do_not_add_up(built):
     ptx = "".join(path.read_text() for path in built.folder.glob("kept/*.ptx"))
     given = {int(n) for n in re.findall(r"setmaxnreg\.dec\.sync\.aligned\.u32 (\d+)", ptx)}
     taken = {int(n) for n in re.findall(r"setmaxnreg\.inc\.sync\.aligned\.u32 (\d+)", ptx)}
-    assert (given, taken) == ({24}, {240})  # attention_hopper.cuh
+    assert (given, taken) == ({24}, {240})  # attention_hopper_forward.cuh
     assert 128 * 24 + 256 * 240 <= 65536
 
 
