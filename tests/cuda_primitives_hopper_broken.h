@@ -545,6 +545,14 @@ CASE(misused_registers) {
   check_failing_threads({1, 384, 1}, "has not the registers of others of its warpgroup$", [] {
     if (warp_index() == 6) give_registers<24>();
   });
+  // The block has 384 times 168 of them, fewer than 65536.
+  check_failing_threads({1, 384, 1}, "waits for 240 registers, which nobody gives$", [] {
+    if (warp_index() >= 4) {
+      take_registers<240>();
+    } else {
+      give_registers<32>();
+    }
+  });
   run_threads({1, 384, 1}, [] {
     if (warp_index() >= 4) {
       take_registers<240>();

@@ -156,6 +156,7 @@ struct Asynchronous {
   std::vector<std::vector<std::string>> issued;  // by each warpgroup
   std::map<Region, std::vector<Read>> reads;     // that are over: of each agent the last one
   Fibers want_registers;
+  int register_pool = 0;  // that the block was launched with
   int agents = 0;
 };
 
@@ -173,8 +174,9 @@ inline Asynchronous& asynchronous() {
     block.asynchronous = std::make_shared<Asynchronous>();
     Asynchronous& all = *block.asynchronous;
     all.threads.resize(block.fibers.size());
-    const int limit = std::min(255, 65536 / block.cluster->threads / 8 * 8);
-    for (Registers& thread : all.threads) thread.limit = limit;
+    const int given = std::min(256, 65536 / block.cluster->threads / 8 * 8);
+    for (Registers& thread : all.threads) thread.limit = std::min(255, given);
+    all.register_pool = given * block.cluster->threads;
     all.warps.resize(block.warps.size());
     for (size_t w = 0; w < all.warps.size(); ++w)
       all.warps[w].agent = make_agent(block, "a product of warp " + std::to_string(w));
@@ -487,7 +489,7 @@ inline void take_registers() {
   for (;;) {
     int64_t used = count - limit;
     for (const twin::Registers& thread : twin::asynchronous().threads) used += thread.limit;
-    if (used <= 65536) break;
+    if (used <= twin::asynchronous().register_pool) break;
     twin::current->awaits = [] {
       return "for " + std::to_string(count) + " registers, which nobody gives";
     };
