@@ -85,21 +85,23 @@ store_box(const FASTGPT_GRID_CONSTANT TensorMap map, const T* in, int rows, int 
 // ---- products of a warpgroup ----
 
 // C (64, columns) = A (64, 64) B: A from the shared memory or from registers, B (columns, 64), each
-// row a column of the product, or across as (64, columns).
+// row a column of the product, or across as (64, columns); of which the last box holds fewer than
+// 64.
 template <bool a_in_registers, bool across_b, int columns, class T>
 FASTGPT_KERNEL(128, 1)
 multiply_warpgroup(const FASTGPT_GRID_CONSTANT TensorMap a_map,
                    const FASTGPT_GRID_CONSTANT TensorMap b_map, const T* a, float* c) {
 #ifdef FASTGPT_HOPPER
   FASTGPT_DYNAMIC_SHARED(T, a_tile, 0, 64 * 64);
-  FASTGPT_DYNAMIC_SHARED(T, b_tile, 64 * 64 * 2, columns * 64);
+  constexpr int boxes = (columns + 63) / 64;
+  FASTGPT_DYNAMIC_SHARED(T, b_tile, 64 * 64 * 2, boxes * 64 * 64);
   FASTGPT_BARRIERS(full, 1);
   if (thread_index() == 0) {
     full.init(0, 1);
     fence_barriers();
-    full.arrive_expecting(0, (64 + columns) * 128);
+    full.arrive_expecting(0, (1 + boxes) * 64 * 128);
     copy_tensor(a_tile, 0, a_map, full, 0, 0, 0, 0, 0);
-    for (int i = 0; i < columns / 64; ++i)
+    for (int i = 0; i < boxes; ++i)
       copy_tensor(b_tile, i * 64 * 64, b_map, full, 0, across_b ? 64 * i : 0, across_b ? 0 : 64 * i,
                   0, 0);
   }

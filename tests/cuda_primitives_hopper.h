@@ -137,7 +137,7 @@ void check_warpgroup() {
   Stored<T> stored(operands, across_b);
   Buffer<float> c(64 * columns);
   run(multiply_warpgroup<a_in_registers, across_b, columns, T>,
-      {1, 128, 1, (64 + columns) * 64 * 2}, map_of(stored.a, 64, 64),
+      {1, 128, 1, (1 + (columns + 63) / 64) * kBoxBytes}, map_of(stored.a, 64, 64),
       across_b ? map_of(stored.b, 64, columns) : map_of(stored.b, columns, 64), stored.a.data,
       c.data);
   operands.check_product(c);
@@ -146,6 +146,14 @@ void check_warpgroup() {
 CASE(warpgroups_product_with_64_columns) {
   check_warpgroup<false, false, 64, bfloat16>();
   check_warpgroup<false, true, 64, float16>();
+}
+CASE(warpgroups_product_with_80_columns) {
+  check_warpgroup<false, false, 80, float16>();
+  check_warpgroup<false, true, 80, bfloat16>();
+}
+CASE(warpgroups_product_with_96_columns) {
+  check_warpgroup<false, false, 96, bfloat16>();
+  check_warpgroup<false, true, 96, float16>();
 }
 CASE(warpgroups_product_with_128_columns) {
   check_warpgroup<false, false, 128, float16>();
@@ -158,6 +166,14 @@ CASE(warpgroups_product_with_256_columns) {
 CASE(warpgroups_product_of_registers_with_64_columns) {
   check_warpgroup<true, false, 64, float16>();
   check_warpgroup<true, true, 64, bfloat16>();
+}
+CASE(warpgroups_product_of_registers_with_80_columns) {
+  check_warpgroup<true, false, 80, bfloat16>();
+  check_warpgroup<true, true, 80, float16>();
+}
+CASE(warpgroups_product_of_registers_with_96_columns) {
+  check_warpgroup<true, false, 96, float16>();
+  check_warpgroup<true, true, 96, bfloat16>();
 }
 CASE(warpgroups_product_of_registers_with_128_columns) {
   check_warpgroup<true, false, 128, bfloat16>();

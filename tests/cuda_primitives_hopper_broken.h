@@ -356,6 +356,29 @@ CASE(product_under_way_is_not_written_over) {
   });
 }
 
+CASE(product_across_some_columns_of_a_slab_reads_no_others) {
+  const auto body = [](int row, int column) {
+    return [row, column] {
+      FASTGPT_DYNAMIC_SHARED(bfloat16, s, 0, 2 * 64 * 64);
+      for (int i = thread_index(); i < 2 * 64 * 64; i += 128) s.store(i, {});
+      fence_asynchronous();
+      block_barrier();
+      float d[40] = {};
+      uint32_t a[4] = {};
+      warpgroup_fence(d, a);
+      warpgroup_multiply(d, a, across(s, 0, 64 * 64), false);
+      warpgroup_commit();
+      if (thread_index() == 0) s.store(64 * 64 + place_in_tile(row, column), {});
+      warpgroup_wait<0>(d, a);
+    };
+  };
+  const Grid grid = {1, 128, 1, 2 * kBoxBytes};
+  run_threads(grid, body(5, 16));  // column 80
+  run_threads(grid, body(16, 15));
+  check_failing_threads(grid, "writes element \\d+ of s, which a product of warp \\d under way",
+                        body(5, 15));
+}
+
 CASE(products_of_a_warpgroup_differ) {
   check_failure("multiplies \\(64 s \\d+ added\\) where another warp of its warpgroup multiplies",
                 [] {

@@ -147,7 +147,7 @@ HOPPER_INSTRUCTIONS = {
             rf"wgmma\.mma_async\.sync\.aligned\.m64n{columns}k16\.f32\.{ptx}\.{ptx}",
             rf"HGMMA\.64x{columns}x16\.F32{sass}",
         )
-        for columns in (64, 128, 256)
+        for columns in (64, 80, 96, 128, 256)
         for ptx, sass in (("bf16", r"\.BF16"), ("f16", ""))
     },
 }

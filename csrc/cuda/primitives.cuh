@@ -695,31 +695,16 @@ FASTGPT_DEVICE void warpgroup_wait(Registers&... registers) {
 template <int columns, class T>
 struct Product;
 
-#define FASTGPT_TEXT_0 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define FASTGPT_TEXT_8 "%8, %9, %10, %11, %12, %13, %14, %15"
-#define FASTGPT_TEXT_16 "%16, %17, %18, %19, %20, %21, %22, %23"
-#define FASTGPT_TEXT_24 "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTGPT_TEXT_32 "%32, %33, %34, %35, %36, %37, %38, %39"
-#define FASTGPT_TEXT_40 "%40, %41, %42, %43, %44, %45, %46, %47"
-#define FASTGPT_TEXT_48 "%48, %49, %50, %51, %52, %53, %54, %55"
-#define FASTGPT_TEXT_56 "%56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTGPT_TEXT_64 "%64, %65, %66, %67, %68, %69, %70, %71"
-#define FASTGPT_TEXT_72 "%72, %73, %74, %75, %76, %77, %78, %79"
-#define FASTGPT_TEXT_80 "%80, %81, %82, %83, %84, %85, %86, %87"
-#define FASTGPT_TEXT_88 "%88, %89, %90, %91, %92, %93, %94, %95"
-#define FASTGPT_TEXT_96 "%96, %97, %98, %99, %100, %101, %102, %103"
-#define FASTGPT_TEXT_104 "%104, %105, %106, %107, %108, %109, %110, %111"
-#define FASTGPT_TEXT_112 "%112, %113, %114, %115, %116, %117, %118, %119"
-#define FASTGPT_TEXT_120 "%120, %121, %122, %123, %124, %125, %126, %127"
-#define FASTGPT_TEXTS_32 \
-  FASTGPT_TEXT_0 ", " FASTGPT_TEXT_8 ", " FASTGPT_TEXT_16 ", " FASTGPT_TEXT_24
-#define FASTGPT_TEXTS_64                                                          \
-  FASTGPT_TEXTS_32 ", " FASTGPT_TEXT_32 ", " FASTGPT_TEXT_40 ", " FASTGPT_TEXT_48 \
-                   ", " FASTGPT_TEXT_56
-#define FASTGPT_TEXTS_128                                                          \
-  FASTGPT_TEXTS_64 ", " FASTGPT_TEXT_64 ", " FASTGPT_TEXT_72 ", " FASTGPT_TEXT_80  \
-                   ", " FASTGPT_TEXT_88 ", " FASTGPT_TEXT_96 ", " FASTGPT_TEXT_104 \
-                   ", " FASTGPT_TEXT_112 ", " FASTGPT_TEXT_120
+// "%t0, %t1..." by the tens, of the first of which `t` is empty. After whole tens stands a comma.
+#define FASTGPT_TEXT_2(t) "%" #t "0, %" #t "1"
+#define FASTGPT_TEXT_4(t) FASTGPT_TEXT_2(t) ", %" #t "2, %" #t "3"
+#define FASTGPT_TEXT_8(t) FASTGPT_TEXT_4(t) ", %" #t "4, %" #t "5, %" #t "6, %" #t "7"
+#define FASTGPT_TEXT_10(t) FASTGPT_TEXT_8(t) ", %" #t "8, %" #t "9, "
+#define FASTGPT_TEXT_30 FASTGPT_TEXT_10() FASTGPT_TEXT_10(1) FASTGPT_TEXT_10(2)
+#define FASTGPT_TEXT_60 FASTGPT_TEXT_30 FASTGPT_TEXT_10(3) FASTGPT_TEXT_10(4) FASTGPT_TEXT_10(5)
+#define FASTGPT_TEXT_120                                                                      \
+  FASTGPT_TEXT_60 FASTGPT_TEXT_10(6) FASTGPT_TEXT_10(7) FASTGPT_TEXT_10(8) FASTGPT_TEXT_10(9) \
+      FASTGPT_TEXT_10(10) FASTGPT_TEXT_10(11)
 #define FASTGPT_REGISTERS_8(i)                                                                \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -770,12 +755,19 @@ struct Product;
   FASTGPT_PRODUCT(bfloat16, "bf16", __VA_ARGS__) \
   FASTGPT_PRODUCT(float16, "f16", __VA_ARGS__)
 
-FASTGPT_PRODUCTS(64, FASTGPT_TEXTS_32, (FASTGPT_REGISTERS_32(0)), "%32", "%33", "%34", "%35", "%36",
-                 "%37", "%38")
-FASTGPT_PRODUCTS(128, FASTGPT_TEXTS_64, (FASTGPT_REGISTERS_64(0)), "%64", "%65", "%66", "%67",
-                 "%68", "%69", "%70")
-FASTGPT_PRODUCTS(256, FASTGPT_TEXTS_128, (FASTGPT_REGISTERS_64(0), FASTGPT_REGISTERS_64(64)),
-                 "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+FASTGPT_PRODUCTS(64, FASTGPT_TEXT_30 FASTGPT_TEXT_2(3), (FASTGPT_REGISTERS_32(0)), "%32", "%33",
+                 "%34", "%35", "%36", "%37", "%38")
+FASTGPT_PRODUCTS(80, FASTGPT_TEXT_30 FASTGPT_TEXT_8(3) ", %38, %39",
+                 (FASTGPT_REGISTERS_32(0), FASTGPT_REGISTERS_8(32)), "%40", "%41", "%42", "%43",
+                 "%44", "%45", "%46")
+FASTGPT_PRODUCTS(96, FASTGPT_TEXT_30 FASTGPT_TEXT_10(3) FASTGPT_TEXT_8(4),
+                 (FASTGPT_REGISTERS_32(0), FASTGPT_REGISTERS_8(32), FASTGPT_REGISTERS_8(40)), "%48",
+                 "%49", "%50", "%51", "%52", "%53", "%54")
+FASTGPT_PRODUCTS(128, FASTGPT_TEXT_60 FASTGPT_TEXT_4(6), (FASTGPT_REGISTERS_64(0)), "%64", "%65",
+                 "%66", "%67", "%68", "%69", "%70")
+FASTGPT_PRODUCTS(256, FASTGPT_TEXT_120 FASTGPT_TEXT_8(12),
+                 (FASTGPT_REGISTERS_64(0), FASTGPT_REGISTERS_64(64)), "%128", "%129", "%130",
+                 "%131", "%132", "%133", "%134")
 
 #undef FASTGPT_PRODUCTS
 #undef FASTGPT_LIST
@@ -783,25 +775,13 @@ FASTGPT_PRODUCTS(256, FASTGPT_TEXTS_128, (FASTGPT_REGISTERS_64(0), FASTGPT_REGIS
 #undef FASTGPT_REGISTERS_64
 #undef FASTGPT_REGISTERS_32
 #undef FASTGPT_REGISTERS_8
-#undef FASTGPT_TEXTS_128
-#undef FASTGPT_TEXTS_64
-#undef FASTGPT_TEXTS_32
-#undef FASTGPT_TEXT_0
-#undef FASTGPT_TEXT_8
-#undef FASTGPT_TEXT_16
-#undef FASTGPT_TEXT_24
-#undef FASTGPT_TEXT_32
-#undef FASTGPT_TEXT_40
-#undef FASTGPT_TEXT_48
-#undef FASTGPT_TEXT_56
-#undef FASTGPT_TEXT_64
-#undef FASTGPT_TEXT_72
-#undef FASTGPT_TEXT_80
-#undef FASTGPT_TEXT_88
-#undef FASTGPT_TEXT_96
-#undef FASTGPT_TEXT_104
-#undef FASTGPT_TEXT_112
 #undef FASTGPT_TEXT_120
+#undef FASTGPT_TEXT_60
+#undef FASTGPT_TEXT_30
+#undef FASTGPT_TEXT_10
+#undef FASTGPT_TEXT_8
+#undef FASTGPT_TEXT_4
+#undef FASTGPT_TEXT_2
 
 // D (64, columns) = A (64, 16) B (16, columns), or += where it accumulates, by the four warps of a
 // warpgroup together, each with 16 rows. The accumulators and fragments of a warp's rows are those

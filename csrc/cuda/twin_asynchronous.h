@@ -50,7 +50,9 @@ struct Region {
     if (kind == kWhole) return true;
     const int logical = swizzle(array->offset_bytes() + 2 * i);
     if (kind == kAlong) return (logical & 127) / 32 == (start() & 127) / 32;
-    return (logical - start()) % (2 * slab) < 16 * 2 * kSlab;
+    const int in_slab = (logical - start()) % (2 * slab);
+    const int line = (logical - start()) / (2 * slab) * kSlab + in_slab / 2 % kSlab;
+    return in_slab < 16 * 2 * kSlab && line < lines;
   }
 
   bool operator<(const Region& other) const {
