@@ -1,4 +1,5 @@
-// Kernels whose products ptxas cannot leave under way, for tests/test_cuda_build.py.
+// Kernels whose products ptxas cannot leave under way, or whose registers it leaves as they are,
+// for tests/test_cuda_build.py.
 #include "primitives.cuh"
 
 namespace fastgpt::cuda {
@@ -24,5 +25,17 @@ FASTGPT_DEVICE void multiply_often(float* out, int times) {
 
 FASTGPT_KERNEL(128, 1) good(float* out, int times) { multiply_often<false>(out, times); }
 FASTGPT_KERNEL(128, 1) serialised(float* out, int times) { multiply_often<true>(out, times); }
+
+// Without bounds, from which ptxas knows what a thread has at the entry.
+__global__ void keeps_its_registers(float* out) {
+#ifdef FASTGPT_HOPPER
+  if (warp_index() < 4) {
+    give_registers<24>();
+  } else {
+    take_registers<240>();
+    out[thread_index()] = 1;
+  }
+#endif
+}
 
 }  // namespace fastgpt::cuda

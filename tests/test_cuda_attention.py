@@ -35,7 +35,7 @@ def on_ampere():
 
 @pytest.fixture(params=["ampere", "hopper"])
 def on_twin(request):
-    """The kernels of both generations; Hopper has only a forward, of some widths."""
+    """The kernels of both generations; Hopper has only a forward."""
     twin.load()
     torch.ops.fastgpt_twin_settings.hopper(request.param == "hopper")
     yield from activate(TWIN)
@@ -133,7 +133,7 @@ def test_an_option_is_wrong_beside_what_hides_keys(on_twin, name, head_dim):
     assert_exact(on_twin, inputs, **SIGHTS[name](n), **everything(n))
 
 
-@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_a_hidden_key_or_query_reaches_a_result(on_twin, poison, head_dim):
     """The window hides key j from all but a few queries; the others' results keep their bits. And

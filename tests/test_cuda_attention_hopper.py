@@ -14,7 +14,8 @@ from oracle import REDUCED_DTYPES, random_qkv
 from test_cuda_attention import assert_exact
 
 PROGRAM = Path(__file__).parent / "cuda_attention_hopper.cpp"
-BLOCK = TILE = 128  # queries, and keys
+BLOCK = 128  # queries
+TILES = {64: 128, 80: 128, 96: 128, 128: 128, 256: 80}  # keys, by width
 
 
 def use_hopper(on: bool) -> None:
@@ -34,7 +35,9 @@ def output_and_lse(backend, inputs, **options):
 
 
 def runs_on_hopper(backend, inputs, **options) -> bool:
-    """Whether a call has other bits than the kernels of Ampere have, whose tiles have 64 keys."""
+    """Whether a call has other bits than the kernels of Ampere have, whose tiles have 64 or 32
+    keys.
+    """
     ours = output_and_lse(backend, inputs, **options)[1]
     use_hopper(False)
     theirs = output_and_lse(backend, inputs, **options)[1]
@@ -44,20 +47,34 @@ def runs_on_hopper(backend, inputs, **options) -> bool:
 
 
 @pytest.mark.parametrize("dtype", REDUCED_DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("width", TILES)
 @pytest.mark.parametrize("tiles", [2, 3, 5])
-def test_a_stage_is_taken_for_another(hopper, tiles, head_dim, dtype):
+def test_a_stage_is_taken_for_another(hopper, tiles, width, dtype):
     """Of two stages each, the parity of which turns after every round; and the two warpgroups have
     different rows.
     """
-    inputs = random_qkv(1, 1, 1, BLOCK, tiles * TILE - 3, head_dim, head_dim, dtype=dtype)
+    inputs = random_qkv(1, 1, 1, BLOCK, tiles * TILES[width] - 3, width, width, dtype=dtype)
     assert runs_on_hopper(hopper, inputs)
     assert_exact(hopper, inputs, is_causal=True, causal_alignment="bottom_right")
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"),
+    [(72, 40), (96, 88), (104, 72), (200, 256), (8, 72), (80, 64), (64, 256), (136, 8)],
+)
+def test_a_head_dim_between_the_widths_is_wrong(hopper, head_dim, value_dim):
+    """The last box of a row has columns that the tensor lacks, and boxes begin behind all of its
+    columns where keys and values have different widths.
+    """
+    L, S = BLOCK + 3, 2 * TILES[64] + 5
+    inputs = random_qkv(1, 2, 1, L, S, head_dim, value_dim, dtype=torch.float16)
+    assert runs_on_hopper(hopper, inputs, enable_gqa=True)
+    assert_exact(hopper, inputs)
+
+
 OPTIONS = {
     "top left": lambda n: {"is_causal": True},
-    "window": lambda n: {"window": (TILE + 9, 5), "causal_alignment": "bottom_right"},
+    "window": lambda n: {"window": (n.S // 3, 5), "causal_alignment": "bottom_right"},
     "documents": lambda n: {
         "cu_seqlens_q": boundaries(n.L, 0.1, 0.1, 0.6), "is_causal": True,
         "cu_seqlens_k": boundaries(n.S, 0.2, 0.5, 0.5),
@@ -69,35 +86,38 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("width", TILES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_is_wrong_at_width_128(hopper, name):
-    """With heads of 104 and values of 72 columns, of which a box has none beyond."""
-    n = Sizes(1, 2, BLOCK + 5, 3 * TILE + 1, torch.bfloat16)
-    inputs = random_qkv(1, 2, 1, n.L, n.S, 104, 72, dtype=n.dtype)
+def test_an_option_is_wrong_at_a_width(hopper, name, width):
+    n = Sizes(1, 2, BLOCK + 5, 3 * TILES[width] + 1, torch.bfloat16)
+    inputs = random_qkv(1, 2, 1, n.L, n.S, width, width - 8, dtype=n.dtype)
     assert_exact(hopper, inputs, **OPTIONS[name](n))
 
 
-def test_a_query_that_sees_nothing_is_not_zero(hopper):
-    inputs = random_qkv(1, 1, 1, 2 * BLOCK, TILE, 64, 64, dtype=torch.float16)
+@pytest.mark.parametrize("width", TILES)
+def test_a_query_that_sees_nothing_is_not_zero(hopper, width):
+    tile = TILES[width]
+    inputs = random_qkv(1, 1, 1, 2 * BLOCK, tile, width, width, dtype=torch.float16)
     out, lse = output_and_lse(hopper, inputs, is_causal=True, causal_alignment="bottom_right")
-    blind = BLOCK  # the first block sees no tile at all
+    blind = 2 * BLOCK - tile  # the first block sees no tile at all
     assert torch.equal(out[:, :, :blind], torch.zeros_like(out[:, :, :blind]))
     assert (lse[:, :, :blind] == -torch.inf).all()
     assert lse[:, :, blind:].isfinite().all()
 
 
+@pytest.mark.parametrize("width", TILES)
 @pytest.mark.parametrize("layout", ["heads inside", "unaligned", "expanded", "a single row"])
-def test_a_layout_is_copied_wrongly(hopper, layout):
+def test_a_layout_is_copied_wrongly(hopper, layout, width):
     """In boxes where the hardware can; what it cannot goes another way, with the same results."""
-    query, key, value = random_qkv(2, 2, 2, 70, 300, 64, 64, dtype=torch.bfloat16)
+    query, key, value = random_qkv(2, 2, 2, 70, 300, width, width, dtype=torch.bfloat16)
     if layout == "heads inside":  # (B, T, H, D), as a GPT has it
         query, key, value = (
             x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)
         )
     elif layout == "unaligned":
-        room = torch.zeros(2, 2, 300, 67, dtype=torch.bfloat16)
-        room[..., 1:65] = key
-        key = room[..., 1:65]
+        room = torch.zeros(2, 2, 300, width + 3, dtype=torch.bfloat16)
+        room[..., 1:-2] = key
+        key = room[..., 1:-2]
     elif layout == "expanded":
         key, value = (x[:, :1].expand(-1, 2, -1, -1) for x in (key, value))
     else:

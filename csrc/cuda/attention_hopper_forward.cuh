@@ -2,8 +2,8 @@
 // instructions that need no registers for what they move and multiply.
 //
 // A block has 128 queries of one head and three warpgroups. One thread of the first copies tiles of
-// 128 keys and of 128 values into two stages each (TMA), and its warpgroup gives its registers to
-// the others. Each of these has 64 queries; their scores, weights and outputs stay in registers:
+// keys and of values into two stages each (TMA), and its warpgroup gives its registers to the
+// others. Each of these has 64 queries; their scores, weights and outputs stay in registers:
 //
 //   S = Q K_0^T; P = soften(S)
 //   for each further tile t:  S = Q K_t^T, at once with O += P V_(t-1)
@@ -15,8 +15,8 @@
 // (FlashAttention-3, Shah et al. 2024). A product's first operand comes from registers: P, as the
 // product S left it, and rounded.
 //
-// Registers of a thread: 24 of the copying warpgroup, 240 of the others, of which S and O take 64
-// each at width 128, and P 32.
+// Registers of a thread: 24 of the copying warpgroup, 240 of the others, of which S takes half as
+// many as a tile has keys, P a quarter, and O half the width: 160 at 128, and 188 at 256.
 #pragma once
 
 #include "attention_forward.cuh"
@@ -28,17 +28,16 @@ struct ForwardMaps {
   TensorMap query, key, value;
 };
 
-// In bytes; the tiles at multiples of 1024.
+// In bytes; the tiles at multiples of 1024. At width 256 they and the static memory, in whole
+// kilobytes, are all that a block may have.
 template <int width>
 struct HopperForwardTiles {
-  static constexpr int rows = 128, keys = 128;
+  static constexpr int rows = 128, keys = width <= 128 ? 128 : 80;
   static constexpr int stages = 2;  // of keys, and of values
   using Query = SlabTile<rows, width>;
   using Key = SlabTile<keys, width>;
   static constexpr int q = 0, k = q + Query::bytes, v = k + stages * Key::bytes,
-                       places = v + stages * Key::bytes,
-                       votes = places + Queries<rows>::kPlaces * 4,
-                       bytes = votes + kHopperThreads / kWarp * 4;
+                       bytes = v + stages * Key::bytes;
 };
 
 #ifdef FASTGPT_HOPPER
@@ -108,8 +107,8 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT F
   FASTGPT_DYNAMIC_SHARED(T, q, Tiles::q, Query::elements);
   FASTGPT_DYNAMIC_SHARED(T, k, Tiles::k, stages * Key::elements);
   FASTGPT_DYNAMIC_SHARED(T, v, Tiles::v, stages * Key::elements);
-  FASTGPT_DYNAMIC_SHARED(int, places, Tiles::places, Queries<Tiles::rows>::kPlaces);
-  FASTGPT_DYNAMIC_SHARED(int, votes, Tiles::votes, kHopperThreads / kWarp);
+  FASTGPT_SHARED(int, places, Queries<Tiles::rows>::kPlaces);
+  FASTGPT_SHARED(int, votes, kHopperThreads / kWarp);
   FASTGPT_BARRIERS(q_full, 1);
   FASTGPT_BARRIERS(k_full, stages);
   FASTGPT_BARRIERS(k_empty, stages);
