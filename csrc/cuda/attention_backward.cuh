@@ -49,6 +49,16 @@ struct KeyGradientTiles {
                        bytes = votes + kAttentionWarps * 4;
 };
 
+// Makes weights of scores.
+template <int m_tiles, int n_tiles, int count, bool transposed>
+FASTGPT_DEVICE void weigh(const AttentionBackward& a, const Queries<count>& queries,
+                          const Elements<transposed>& at, Products<m_tiles, n_tiles>& s) {
+  for_each(s, [&](float& x, int m, int n, int e) {
+    const int r = at.query(m, n, e);
+    x = exp2_approximate((x - queries.row_max(r)) * a.factor) * queries.inverse(r);
+  });
+}
+
 // Of products s and dp: the weights p, less those that are dropped but for their factor, and dy.
 template <int m_tiles, int n_tiles, int count, bool transposed>
 FASTGPT_DEVICE void form_gradients(const AttentionBackward& a, float slope,
@@ -58,11 +68,8 @@ FASTGPT_DEVICE void form_gradients(const AttentionBackward& a, float slope,
   if (a.seeds) drop(a, queries, at, a.rescale, dp);
   for_each(dp, [&](float& x, int m, int n, int e) { x -= queries.delta(at.query(m, n, e)); });
   form_scores<true>(a, slope, queries, at, s, dp);
-  for_each(s, [&](float& x, int m, int n, int e) {
-    const int r = at.query(m, n, e);
-    x = exp2_approximate((x - queries.row_max(r)) * a.factor) * queries.inverse(r);
-    dp[m][n][e] *= x;
-  });
+  weigh(a, queries, at, s);
+  for_each(dp, [&](float& x, int m, int n, int e) { x *= s[m][n][e]; });
   if (!all_seen) {
     hide(queries, at, 0.0f, s);
     hide(queries, at, 0.0f, dp);
@@ -76,12 +83,26 @@ FASTGPT_DEVICE void form_weights(const AttentionBackward& a, float slope,
                                  const Queries<count>& queries, const Elements<transposed>& at,
                                  bool all_seen, Products<m_tiles, n_tiles>& s) {
   form_scores<false>(a, slope, queries, at, s, s);
-  for_each(s, [&](float& x, int m, int n, int e) {
-    const int r = at.query(m, n, e);
-    x = exp2_approximate((x - queries.row_max(r)) * a.factor) * queries.inverse(r);
-  });
+  weigh(a, queries, at, s);
   if (!all_seen) hide(queries, at, 0.0f, s);
   if (a.seeds) drop(a, queries, at, 1.0f, s);
+}
+
+// What there is to know of query i beside <g, o>, and what the pass over the keys is told of it.
+template <int count>
+FASTGPT_DEVICE void put_numbers(const AttentionBackward& a, int batch, int head, float sink, int i,
+                                float product, const Queries<count>& queries, int r) {
+  const int64_t row = (int64_t(batch) * a.query_heads + head) * a.queries + i;
+  const float total = load(a.row_sum + row), largest = load(a.row_max + row);
+  const float inverse = total == 0 ? 0 : 1 / total;
+  const float delta = a.grad_lse ? product - load(a.grad_lse + row) : product;
+  queries.put_numbers(r, largest, inverse, delta);
+  store(a.row_delta + row, delta);
+  store(a.row_inverse + row, inverse);
+  if (a.grad_sinks) {
+    const float p = exp2_approximate((sink - largest) * a.factor) * inverse;
+    store(a.grad_sinks + row, p == 0 ? 0 : -p * delta);
+  }
 }
 
 // Stores a warp's rows, from `first` on of those there are, times `factor`.
@@ -95,6 +116,66 @@ FASTGPT_DEVICE void store_rows(const Products<1, tiles>& acc, float factor, T* t
       const int column = 8 * n + lane_index() % 4 * 2;
       store_pair(to + r * row + column, columns - column, columns % 2 == 0,
                  narrow_pair<T>(acc[0][n][2 * h] * factor, acc[0][n][2 * h + 1] * factor));
+    }
+  }
+}
+
+// Puts NaN into the stored gradients of the `rows` queries from `first` on that see a key which is
+// not finite; by `threads` threads, of which this is one.
+template <class T>
+FASTGPT_DEVICE void spoil_query_gradients(const AttentionBackward& a, int batch, int head,
+                                          int first, int rows, int thread, int threads) {
+  T* const result = head_of<T>(a.grad_query, batch, head);
+  const T* const key = head_of<T>(a.key, batch, head / a.group);
+  const int count = smaller(rows, a.queries - first) * a.head_dim;
+  FASTGPT_ROLLED for (int element = thread; element < count; element += threads) {
+    const int i = first + element / a.head_dim, column = element % a.head_dim;
+    const Span span = span_of(a, i);
+    bool spread = false;
+    FASTGPT_ROLLED for (int j = span.begin; j < span.end && !spread; ++j) {
+      spread = !is_finite(widen(load(key + j * a.key.row + column)));
+    }
+    if (spread) store(result + i * a.grad_query.row + column, narrow<T>(NAN));
+  }
+}
+
+// The same for keys and for values, by what is not finite in the queries and in the upstream
+// gradients of those that see them.
+template <class T, bool of_keys, bool of_values>
+FASTGPT_DEVICE void spoil_key_gradients(const AttentionBackward& a, int batch, int key_head,
+                                        int first, int rows, const QueryRange& range, int thread,
+                                        int threads) {
+  T* const k_result = head_of<T>(a.grad_key, batch, key_head);
+  T* const v_result = head_of<T>(a.grad_value, batch, key_head);
+  // Adds up what is not finite in a column of the queries that see key j.
+  const auto spread_of = [&](const Heads<const void>& x, int j, int column) {
+    float spread = 0;
+    FASTGPT_ROLLED for (int member = 0; member < a.group; ++member) {
+      const T* const from = head_of<T>(x, batch, key_head * a.group + member) + column;
+      FASTGPT_ROLLED for (int i = range.begin; i < range.end && spread == spread; ++i) {
+        const float found = widen(load(from + i * x.row));
+        if (is_finite(found)) continue;
+        const Span span = span_of(a, i);
+        if (j >= span.begin && j < span.end) spread += found;
+      }
+    }
+    return spread;
+  };
+  const int keys = smaller(rows, a.keys - first);
+  if constexpr (of_keys) {
+    FASTGPT_ROLLED for (int e = thread; e < keys * a.head_dim; e += threads) {
+      const int j = first + e / a.head_dim, column = e % a.head_dim;
+      if (spread_of(a.query, j, column) == 0) continue;
+      store(k_result + j * a.grad_key.row + column, narrow<T>(NAN));
+    }
+  }
+  if constexpr (of_values) {
+    FASTGPT_ROLLED for (int e = thread; e < keys * a.value_dim; e += threads) {
+      const int j = first + e / a.value_dim, column = e % a.value_dim;
+      const float spread = spread_of(a.grad_output, j, column);
+      if (spread == 0) continue;
+      T* const to = v_result + j * a.grad_value.row + column;
+      store(to, narrow<T>(widen(load(to)) + spread));
     }
   }
 }
@@ -139,7 +220,7 @@ attention_query_gradient(const AttentionBackward a) {
   for (int r = thread_index(); r < rows; r += kAttentionThreads) {
     queries.put_place(a, batch, head, r, first + r);
   }
-  const float sink = a.sinks ? load(a.sinks + batch * a.sinks_batch + head) / a.unit : -INFINITY;
+  const float sink = sink_of(a, batch, head);
   FASTGPT_ROLLED for (int r = warp_row; r < warp_row + 16; ++r) {
     const int i = first + r;
     if (i >= a.queries) {
@@ -154,18 +235,7 @@ attention_query_gradient(const AttentionBackward a) {
       delta += x * widen(load(upstream.data + i * upstream.row + column));
     }
     for (int mask = kWarp / 2; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
-    if (lane_index() != 0) continue;
-    const int64_t row = (int64_t(batch) * a.query_heads + head) * a.queries + i;
-    const float total = load(a.row_sum + row), largest = load(a.row_max + row);
-    const float inverse = total == 0 ? 0 : 1 / total;
-    if (a.grad_lse) delta -= load(a.grad_lse + row);
-    queries.put_numbers(r, largest, inverse, delta);
-    store(a.row_delta + row, delta);
-    store(a.row_inverse + row, inverse);
-    if (a.grad_sinks) {
-      const float p = exp2_approximate((sink - largest) * a.factor) * inverse;
-      store(a.grad_sinks + row, p == 0 ? 0 : -p * delta);
-    }
+    if (lane_index() == 0) put_numbers(a, batch, head, sink, i, delta, queries, r);
   }
 
   float acc[1][width / 8][4];
@@ -205,19 +275,38 @@ attention_query_gradient(const AttentionBackward a) {
   store_rows(acc, a.slope, result, a.grad_query.row, first + warp_row, a.queries, a.head_dim);
   if (!careful) return;
   block_barrier();
-  const int count = smaller(rows, a.queries - first) * a.head_dim;
-  FASTGPT_ROLLED for (int element = thread_index(); element < count; element += kAttentionThreads) {
-    const int i = first + element / a.head_dim, column = element % a.head_dim;
-    const Span span = span_of(a, i);
-    bool spread = false;
-    FASTGPT_ROLLED for (int j = span.begin; j < span.end && !spread; ++j) {
-      spread = !is_finite(widen(load(key.data + j * key.row + column)));
-    }
-    if (spread) store(result + i * a.grad_query.row + column, narrow<T>(NAN));
-  }
+  spoil_query_gradients<T>(a, batch, head, first, rows, thread_index(), kAttentionThreads);
 }
 
 // ---- the pass over the keys ----
+
+// Tiles of queries that see any of a block's keys, of one head after another. The last ones go
+// first: under a causal mask the first queries give a key its largest weights, and what is added to
+// a large sum is rounded at its size.
+struct QueryTiles {
+  int head, start;  // of the tile under way
+  int left;         // tiles, with it
+
+  FASTGPT_DEVICE QueryTiles(const QueryRange& range, int size, int first_head, int heads)
+      : head(first_head),
+        size(size),
+        first(range.begin / size * size),
+        last((range.end - 1) / size * size) {
+    start = last;
+    left = range.begin < range.end ? ((last - first) / size + 1) * heads : 0;
+  }
+
+  FASTGPT_DEVICE void advance() {
+    --left;
+    start -= size;
+    if (start >= first) return;
+    start = last;
+    ++head;
+  }
+
+ private:
+  int size, first, last;
+};
 
 template <class T, int width, bool of_keys, bool of_values>
 FASTGPT_KERNEL(kAttentionThreads, (KeyGradientTiles<width>::blocks))
@@ -248,37 +337,30 @@ attention_key_gradient(const AttentionBackward a) {
   const QueryRange range(a, first, smaller(first + rows, a.keys) - 1);
   const int warp_row = 16 * warp_index();
 
-  // Tiles of queries that see any of the keys, of one head after another. The last ones go first:
-  // under a causal mask the first queries give a key its largest weights, and what is added to a
-  // large sum is rounded at its size.
-  const int first_tile = range.begin / size;
-  const int tiles = larger((range.end + size - 1) / size - first_tile, 0);
-  const int steps = tiles * a.group;
-  const auto head_at = [&](int step) { return key_head * a.group + step / tiles; };
-  const auto start_at = [&](int step) { return (first_tile + tiles - 1 - step % tiles) * size; };
-  const auto copy_queries = [&](int step, int stage) {
-    const int head = head_at(step), start = start_at(step), to = stage * size * pitch;
-    const Matrix<T> query(a.query, batch, head, a.queries, a.head_dim);
-    const Matrix<T> upstream(a.grad_output, batch, head, a.queries, a.value_dim);
-    query.template copy<size, width>(start, q, to);
-    upstream.template copy<size, width>(start, g, to);
+  const QueryTiles all(range, size, key_head * a.group, a.group);
+  const auto copy_queries = [&](const QueryTiles& tile, int stage) {
+    const int to = stage * size * pitch;
+    const Matrix<T> query(a.query, batch, tile.head, a.queries, a.head_dim);
+    const Matrix<T> upstream(a.grad_output, batch, tile.head, a.queries, a.value_dim);
+    query.template copy<size, width>(tile.start, q, to);
+    upstream.template copy<size, width>(tile.start, g, to);
   };
   // A thread's part of what is known of a tile's queries.
   float row_max = 0, inverse = 0, delta = 0;
-  const auto load_numbers = [&](int step) {
-    const int i = start_at(step) + thread_index();
+  const auto load_numbers = [&](const QueryTiles& tile) {
+    const int i = tile.start + thread_index();
     row_max = inverse = delta = 0;
     if (thread_index() >= size || i >= a.queries) return;
-    const int64_t row = (int64_t(batch) * a.query_heads + head_at(step)) * a.queries + i;
+    const int64_t row = (int64_t(batch) * a.query_heads + tile.head) * a.queries + i;
     row_max = load(a.row_max + row);
     inverse = load(a.row_inverse + row);
     delta = load(a.row_delta + row);
   };
-  const auto put_queries = [&](int step, int stage) {
+  const auto put_queries = [&](const QueryTiles& tile, int stage) {
     if (thread_index() >= size) return;
-    const int i = start_at(step) + thread_index();
+    const int i = tile.start + thread_index();
     queries_at(stage).put_numbers(thread_index(), row_max, inverse, delta);
-    queries_at(stage).put_place(a, batch, head_at(step), thread_index(), i);
+    queries_at(stage).put_place(a, batch, tile.head, thread_index(), i);
   };
 
   float grad_k[1][of_keys ? width / 8 : 1][4], grad_v[1][of_values ? width / 8 : 1][4];
@@ -286,26 +368,28 @@ attention_key_gradient(const AttentionBackward a) {
   for (;;) {
     for_each(grad_k, [](float& x, int, int, int) { x = 0; });
     for_each(grad_v, [](float& x, int, int, int) { x = 0; });
-    if (steps > 0) {
-      copy_queries(0, 0);
-      load_numbers(0);
-      put_queries(0, 0);
+    QueryTiles next = all;
+    if (next.left > 0) {
+      copy_queries(next, 0);
+      load_numbers(next);
+      put_queries(next, 0);
     }
     copy_async_commit();
-    FASTGPT_ROLLED for (int step = 0; step < steps; ++step) {
-      const int stage = step % 2, here = stage * size * pitch, start = start_at(step);
-      const bool more = step + 1 < steps;
+    FASTGPT_ROLLED for (int stage = 0; next.left > 0; stage ^= 1) {
+      const int here = stage * size * pitch;
+      const QueryTiles tile = next;
+      next.advance();
       copy_async_wait<0>();
       block_barrier();  // this tile is there, and all are done with the other
-      if (more) {
-        copy_queries(step + 1, stage ^ 1);
-        load_numbers(step + 1);
+      if (next.left > 0) {
+        copy_queries(next, stage ^ 1);
+        load_numbers(next);
       }
       copy_async_commit();
       const Queries<size> queries = queries_at(stage);
       const Elements<true> at(warp_row + first, 0);
-      const float slope = slope_of(a, batch, head_at(step));
-      const bool all_seen = range.all_see(a, start, size);
+      const float slope = slope_of(a, batch, tile.head);
+      const bool all_seen = range.all_see(a, tile.start, size);
       float s[1][size / 8][4];
       multiply_rows<width>(k, warp_row * pitch, q, here, s);
       if constexpr (of_keys) {
@@ -329,7 +413,7 @@ attention_key_gradient(const AttentionBackward a) {
         }
         multiply_columns<width>(s, g, here, grad_v);
       }
-      if (more) put_queries(step + 1, stage ^ 1);
+      if (next.left > 0) put_queries(next, stage ^ 1);
     }
     if (!a.hides || careful) break;
     bool spread = false;
@@ -351,37 +435,8 @@ attention_key_gradient(const AttentionBackward a) {
   }
   if (!careful) return;
   block_barrier();
-  // Adds up what is not finite in a column of the queries that see key j.
-  const auto spread_of = [&](const Heads<const void>& x, int j, int column) {
-    float spread = 0;
-    FASTGPT_ROLLED for (int member = 0; member < a.group; ++member) {
-      const T* const from = head_of<T>(x, batch, key_head * a.group + member) + column;
-      FASTGPT_ROLLED for (int i = range.begin; i < range.end && spread == spread; ++i) {
-        const float found = widen(load(from + i * x.row));
-        if (is_finite(found)) continue;
-        const Span span = span_of(a, i);
-        if (j >= span.begin && j < span.end) spread += found;
-      }
-    }
-    return spread;
-  };
-  const int keys = smaller(rows, a.keys - first);
-  if constexpr (of_keys) {
-    FASTGPT_ROLLED for (int e = thread_index(); e < keys * a.head_dim; e += kAttentionThreads) {
-      const int j = first + e / a.head_dim, column = e % a.head_dim;
-      if (spread_of(a.query, j, column) == 0) continue;
-      store(k_result + j * a.grad_key.row + column, narrow<T>(NAN));
-    }
-  }
-  if constexpr (of_values) {
-    FASTGPT_ROLLED for (int e = thread_index(); e < keys * a.value_dim; e += kAttentionThreads) {
-      const int j = first + e / a.value_dim, column = e % a.value_dim;
-      const float spread = spread_of(a.grad_output, j, column);
-      if (spread == 0) continue;
-      T* const to = v_result + j * a.grad_value.row + column;
-      store(to, narrow<T>(widen(load(to)) + spread));
-    }
-  }
+  spoil_key_gradients<T, of_keys, of_values>(a, batch, key_head, first, rows, range, thread_index(),
+                                             kAttentionThreads);
 }
 
 }  // namespace fastgpt::cuda

@@ -134,7 +134,7 @@ attention_forward(const AttentionForward a) {
   bool careful = false;
   for (;;) {
     for_each(acc, [](float& x, int, int, int) { x = 0; });
-    const float sink = a.sinks ? load(a.sinks + batch * a.sinks_batch + head) / a.unit : -INFINITY;
+    const float sink = sink_of(a, batch, head);
     FASTGPT_UNROLLED for (int m = 0; m < m_tiles; ++m) {
       FASTGPT_UNROLLED for (int h = 0; h < 2; ++h) {
         top[m][h] = sink;

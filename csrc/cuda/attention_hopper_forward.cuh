@@ -163,7 +163,7 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT F
   const int group = warp_index() / 4 - 1, warp_row = 16 * (warp_index() - 4);
   const int q_at = Query::at(64 * group, 0);
   const float slope = slope_of(a, batch, head);
-  const float sink = a.sinks ? load(a.sinks + batch * a.sinks_batch + head) / a.unit : -INFINITY;
+  const float sink = sink_of(a, batch, head);
   Rows<T, width, plain> rows;
   if (tiles > 0) q_full.wait(0, 0);
   bool careful = false;
@@ -208,7 +208,7 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT F
         soften(t);
         // Or it is softened after the wait, with idle tensor cores.
         pin(rows.s);
-        finish(rows.sum[0] + rows.sum[1]);
+        finish(rows.sum);
         warpgroup_wait<0>(rows.o, rows.p);
         values.release(step + t - 1);
         rows.shrink_and_round();

@@ -278,6 +278,10 @@ FASTGPT_DEVICE float slope_of(const Attention& a, int batch, int head) {
   return a.slopes ? load(a.slopes + batch * a.slopes_batch + head) : 0;
 }
 
+FASTGPT_DEVICE float sink_of(const Attention& a, int batch, int head) {
+  return a.sinks ? load(a.sinks + batch * a.sinks_batch + head) / a.unit : -INFINITY;
+}
+
 // ---- tiles in shared memory, and their products by mma.sync ----
 
 constexpr int kAttentionWarps = 4, kAttentionThreads = kAttentionWarps * kWarp;

@@ -661,16 +661,30 @@ FASTGPT_DEVICE void pin(T (&registers)[count]) {
   for (int i = 0; i < count; ++i) pin(registers[i]);
 }
 
-// What makes `x`, a number not below 0, is done before the wait that follows: ptxas moves
-// arithmetic past a wait, but not past what might let others run.
-FASTGPT_DEVICE void finish(float x) {
+// What makes these registers is done before the wait that follows: ptxas moves arithmetic past a
+// wait, but not past what might let others run, which this does only if all bits are set.
+FASTGPT_DEVICE void finish(uint32_t bits) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.lt.f32 p, %0, 0f00000000;\n"
+      "setp.eq.u32 p, %0, 0xffffffff;\n"
       "@p nanosleep.u32 0;\n"
-      "}" ::"f"(x)
+      "}" ::"r"(bits)
       : "memory");
+}
+FASTGPT_DEVICE uint32_t all_bits(float x) { return bit_cast<uint32_t>(x); }
+FASTGPT_DEVICE uint32_t all_bits(uint32_t x) { return x; }
+template <class T, int count>
+FASTGPT_DEVICE uint32_t all_bits(const T (&registers)[count]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < count; ++i) bits |= all_bits(registers[i]);
+  return bits;
+}
+template <class T, int count>
+FASTGPT_DEVICE void finish(T (&registers)[count]) {
+  pin(registers);
+  finish(all_bits(registers));
 }
 
 // Before a product that uses these registers, which were used by something else.
