@@ -10,6 +10,8 @@
 // tile's weights are formed while dP is multiplied, its gradients while dV is, and the next S is
 // asked for before the sums are done.
 //
+// As on Ampere, heads above 128 take a pass over the keys for each of dK and dV.
+//
 // Registers of a thread of 240, at width 128: in the pass over the queries 64 of dQ, 64 each of S
 // and dP, 32 of dS; in that over the keys 64 each of dK and dV, 32 each of S and dP, 16 each of P
 // and dS.
@@ -20,8 +22,6 @@
 
 namespace fastgpt::cuda {
 
-constexpr int kWidestHopperBackward = 128;
-
 struct BackwardMaps {
   TensorMap query, grad_output, key, value;
 };
@@ -30,7 +30,8 @@ struct BackwardMaps {
 // only with half as many keys.
 template <int width, bool plain>
 struct HopperQueryGradientTiles {
-  static constexpr int rows = 128, keys = plain ? 128 : 64, stages = 2;
+  static constexpr int rows = 128, keys = plain && width <= 128 ? 128 : 64;
+  static constexpr int stages = width <= 128 ? 2 : 1;
   using Query = SlabTile<rows, width>;
   using Key = SlabTile<keys, width>;
   static constexpr int q = 0, g = q + Query::bytes, k = g + Query::bytes,
@@ -40,13 +41,15 @@ struct HopperQueryGradientTiles {
                        bytes = votes + kHopperThreads / kWarp * 4;
 };
 
-template <int width>
+// The values are needed for the gradients of the keys only.
+template <int width, bool of_keys>
 struct HopperKeyGradientTiles {
-  static constexpr int rows = 128, queries = 64, stages = 2;
+  static constexpr int rows = 128, queries = 64;
+  static constexpr int stages = width <= 128 || !of_keys ? 2 : 1;
   using Key = SlabTile<rows, width>;
   using Query = SlabTile<queries, width>;
-  static constexpr int k = 0, v = k + Key::bytes, q = v + Key::bytes, g = q + stages * Query::bytes,
-                       places = g + stages * Query::bytes,
+  static constexpr int k = 0, v = k + Key::bytes, q = v + (of_keys ? Key::bytes : 0),
+                       g = q + stages * Query::bytes, places = g + stages * Query::bytes,
                        numbers = places + stages * Queries<queries>::kPlaces * 4,
                        votes = numbers + stages * Queries<queries>::kNumbers * 4,
                        bytes = votes + kHopperThreads / kWarp * 4;
@@ -242,18 +245,18 @@ attention_query_gradient_hopper(const AttentionBackward a,
 
 // ---- the pass over the keys ----
 
-template <class T, int width, bool plain>
+template <class T, int width, bool plain, bool of_keys, bool of_values>
 FASTGPT_KERNEL(kHopperThreads, 1)
 attention_key_gradient_hopper(const AttentionBackward a,
                               const FASTGPT_GRID_CONSTANT BackwardMaps maps) {
 #ifdef FASTGPT_HOPPER
-  using Tiles = HopperKeyGradientTiles<width>;
+  using Tiles = HopperKeyGradientTiles<width, of_keys>;
   using Query = typename Tiles::Query;
   using Key = typename Tiles::Key;
   constexpr int stages = Tiles::stages, size = Tiles::queries;
   FASTGPT_DYNAMIC_SHARED_BYTES(Tiles::bytes);
   FASTGPT_DYNAMIC_SHARED(T, k, Tiles::k, Key::elements);
-  FASTGPT_DYNAMIC_SHARED(T, v, Tiles::v, Key::elements);
+  FASTGPT_DYNAMIC_SHARED(T, v, Tiles::v, of_keys ? Key::elements : 0);
   FASTGPT_DYNAMIC_SHARED(T, q, Tiles::q, stages * Query::elements);
   FASTGPT_DYNAMIC_SHARED(T, g, Tiles::g, stages * Query::elements);
   FASTGPT_DYNAMIC_SHARED(int, places, Tiles::places, stages* Queries<size>::kPlaces);
@@ -292,9 +295,9 @@ attention_key_gradient_hopper(const AttentionBackward a,
   if (warp_index() < 4) {
     give_registers<40>();
     if (warp_index() == 0 && elect_one() && all.left > 0) {
-      keys_full.arrive_expecting(0, 2 * Key::bytes);
+      keys_full.arrive_expecting(0, (of_keys ? 2 : 1) * Key::bytes);
       copy_rows<Key>(k, 0, maps.key, keys_full, 0, first, key_head, batch);
-      copy_rows<Key>(v, 0, maps.value, keys_full, 0, first, key_head, batch);
+      if (of_keys) copy_rows<Key>(v, 0, maps.value, keys_full, 0, first, key_head, batch);
     }
     for (bool careful = false;; careful = true) {
       if (warp_index() == 0 && elect_one()) {
@@ -337,7 +340,7 @@ attention_key_gradient_hopper(const AttentionBackward a,
   const Elements<true> at(warp_row + first, 0);
   constexpr int n_tiles = size / 8;
   float s[1][n_tiles][4], dp[1][n_tiles][4];
-  float grad_k[1][width / 8][4], grad_v[1][width / 8][4];
+  float grad_k[1][of_keys ? width / 8 : 1][4], grad_v[1][of_values ? width / 8 : 1][4];
   uint32_t p[n_tiles / 2][4], ds[n_tiles / 2][4];
   if (all.left > 0) keys_full.wait(0, 0);
   bool careful = false;
@@ -353,9 +356,14 @@ attention_key_gradient_hopper(const AttentionBackward a,
       warpgroup_fence(s);
       multiply_tile_rows<width, Key, Query>(k, int(k_at), q, here, s);
       upstream.await(step);
-      warpgroup_fence(dp);
-      multiply_tile_rows<width, Key, Query>(v, int(k_at), g, here, dp);
-      if constexpr (plain) {
+      if constexpr (of_keys) {
+        warpgroup_fence(dp);
+        multiply_tile_rows<width, Key, Query>(v, int(k_at), g, here, dp);
+      }
+      if constexpr (!of_keys) {
+        warpgroup_wait<0>(s);
+        form_weights(a, slope_of(a, batch, tile.head), known, at, all_seen, s);
+      } else if constexpr (plain) {
         warpgroup_wait<1>(s);
         weigh(a, known, at, s);
         finish(s);
@@ -365,17 +373,17 @@ attention_key_gradient_hopper(const AttentionBackward a,
         warpgroup_wait<0>(s, dp);
         form_gradients(a, slope_of(a, batch, tile.head), known, at, all_seen, s, dp);
       }
-      round_products<T>(s, p);
-      round_products<T>(dp, ds);
+      if constexpr (of_values) round_products<T>(s, p);
+      if constexpr (of_keys) round_products<T>(dp, ds);
       if (careful) {
         named_barrier_sync(1, kMultiplying);
-        make_tile_finite<Query>(q, here);
-        make_tile_finite<Query>(g, here);
+        if (of_keys) make_tile_finite<Query>(q, here);
+        if (of_values) make_tile_finite<Query>(g, here);
         named_barrier_sync(1, kMultiplying);
       }
       warpgroup_fence(grad_v, grad_k, p, ds);
-      multiply_tile_columns<Query>(p, g, here, grad_v);
-      multiply_tile_columns<Query>(ds, q, here, grad_k);
+      if constexpr (of_values) multiply_tile_columns<Query>(p, g, here, grad_v);
+      if constexpr (of_keys) multiply_tile_columns<Query>(ds, q, here, grad_k);
       warpgroup_wait<0>(grad_v, grad_k, p, ds);
       warp_barrier();  // all lanes have read what is known of the queries
       queries.release(step);
@@ -389,23 +397,30 @@ attention_key_gradient_hopper(const AttentionBackward a,
     block_barrier();
   }
 
-  T* const k_result = head_of<T>(a.grad_key, batch, key_head);
-  T* const v_result = head_of<T>(a.grad_value, batch, key_head);
-  store_rows(grad_k, a.slope, k_result, a.grad_key.row, first + warp_row, a.keys, a.head_dim);
-  store_rows(grad_v, a.rescale, v_result, a.grad_value.row, first + warp_row, a.keys, a.value_dim);
+  if constexpr (of_keys) {
+    store_rows(grad_k, a.slope, head_of<T>(a.grad_key, batch, key_head), a.grad_key.row,
+               first + warp_row, a.keys, a.head_dim);
+  }
+  if constexpr (of_values) {
+    store_rows(grad_v, a.rescale, head_of<T>(a.grad_value, batch, key_head), a.grad_value.row,
+               first + warp_row, a.keys, a.value_dim);
+  }
   if (!careful) return;
   named_barrier_sync(1, kMultiplying);
-  spoil_key_gradients<T, true, true>(a, batch, key_head, first, Tiles::rows, range,
-                                     thread_index() - kWarpgroup, kMultiplying);
+  spoil_key_gradients<T, of_keys, of_values>(a, batch, key_head, first, Tiles::rows, range,
+                                             thread_index() - kWarpgroup, kMultiplying);
 #endif
 }
 
 // ---- the launch ----
 
-// Whether it can be computed so; the output and its rounding are read by vectors.
-inline bool hopper_takes(const AttentionBackward& a) {
-  return have_boxes(a) && has_boxes(a.grad_output, a.batch, a.query_heads, a.queries) &&
-         a.output.vectors && a.rounding.vectors;
+// Whether it can be computed so; the output and its rounding are read by vectors. Options have no
+// room in registers beside rows of 256.
+template <int width>
+bool hopper_takes(const AttentionBackward& a) {
+  return (width <= 128 || is_plain(a)) && have_boxes(a) &&
+         has_boxes(a.grad_output, a.batch, a.query_heads, a.queries) && a.output.vectors &&
+         a.rounding.vectors;
 }
 
 template <class T>
@@ -430,18 +445,33 @@ void launch_attention_backward_hopper(AttentionBackward a, int query_section, in
   using OfQueries = HopperQueryGradientTiles<width, plain>;
   pass(&attention_query_gradient_hopper<T, width, plain>, a.queries, a.query_heads, OfQueries::rows,
        query_section, maps_of<T>(a, OfQueries::rows, OfQueries::keys), OfQueries::bytes);
-  using OfKeys = HopperKeyGradientTiles<width>;
-  pass(&attention_key_gradient_hopper<T, width, plain>, a.keys, a.heads, OfKeys::rows, key_section,
-       maps_of<T>(a, OfKeys::queries, OfKeys::rows), OfKeys::bytes);
+  const auto over_keys = [&](auto* kernel, auto tiles) {
+    using OfKeys = decltype(tiles);
+    pass(kernel, a.keys, a.heads, OfKeys::rows, key_section,
+         maps_of<T>(a, OfKeys::queries, OfKeys::rows), OfKeys::bytes);
+  };
+  if constexpr (width <= 128) {
+    over_keys(&attention_key_gradient_hopper<T, width, plain, true, true>,
+              HopperKeyGradientTiles<width, true>{});
+  } else {
+    over_keys(&attention_key_gradient_hopper<T, width, plain, true, false>,
+              HopperKeyGradientTiles<width, true>{});
+    over_keys(&attention_key_gradient_hopper<T, width, plain, false, true>,
+              HopperKeyGradientTiles<width, false>{});
+  }
 }
 
 // `query_section`, `key_section`: of the passes over the queries and over the keys.
 template <class T, int width>
 void launch_attention_backward_hopper(const AttentionBackward& a, int query_section,
                                       int key_section, void* stream) {
-  const auto launch = is_plain(a) ? &launch_attention_backward_hopper<T, width, true>
-                                  : &launch_attention_backward_hopper<T, width, false>;
-  launch(a, query_section, key_section, stream);
+  if constexpr (width <= 128) {
+    if (!is_plain(a)) {
+      launch_attention_backward_hopper<T, width, false>(a, query_section, key_section, stream);
+      return;
+    }
+  }
+  launch_attention_backward_hopper<T, width, true>(a, query_section, key_section, stream);
 }
 
 }  // namespace fastgpt::cuda

@@ -56,14 +56,12 @@ void launch_attention_forward(const AttentionForward& a, void* stream) {
 
 template <class T, int width>
 void launch_attention_backward(const AttentionBackward& a, void* stream) {
-  if constexpr (width <= kWidestHopperBackward) {
-    if (hopper_takes(a) && runs_on_hopper(&attention_key_gradient_hopper<T, width, true>)) {
-      const int64_t groups = int64_t(a.batch) * a.heads;
-      launch_attention_backward_hopper<T, width>(
-          a, a.group * section_of(groups, a.keys, a),
-          section_of(groups, int64_t(a.group) * a.queries, a), stream);
-      return;
-    }
+  if (hopper_takes<width>(a) && runs_on_hopper(&attention_query_gradient_hopper<T, width, true>)) {
+    const int64_t groups = int64_t(a.batch) * a.heads;
+    launch_attention_backward_hopper<T, width>(a, a.group * section_of(groups, a.keys, a),
+                                               section_of(groups, int64_t(a.group) * a.queries, a),
+                                               stream);
+    return;
   }
   launch_over_queries<QueryGradientTiles<width>>(&attention_query_gradient<T, width>, a, stream);
   using Tiles = KeyGradientTiles<width>;
