@@ -7,14 +7,13 @@
 // A pass over the keys, per tile of queries:      S = K Q^T, dP = V G^T, dV += P G, dK += dS Q
 //
 // The first operands P and dS come from the registers in which the products S and dP were left. A
-// tile's weights are formed while dP is multiplied, its gradients while dV is, and the next S is
-// asked for before the sums are done.
+// tile's weights are formed while dP is multiplied.
 //
 // As on Ampere, heads above 128 take a pass over the keys for each of dK and dV.
 //
-// Registers of a thread of 240, at width 128: in the pass over the queries 64 of dQ, 64 each of S
-// and dP, 32 of dS; in that over the keys 64 each of dK and dV, 32 each of S and dP, 16 each of P
-// and dS.
+// Registers of a thread at width 128: of 240 in the pass over the queries 64 of dQ, 64 each of S and
+// dP, 32 of dS; of 232 in that over the keys 64 each of dK and dV, 32 each of S and dP, 16 each of P
+// and dS. There the copying warpgroup keeps 40, since it also tells what is known of each query.
 #pragma once
 
 #include "attention_backward.cuh"
