@@ -108,7 +108,7 @@ def test_a_query_that_sees_nothing_is_not_zero(hopper, width):
 @pytest.mark.parametrize("width", TILES)
 @pytest.mark.parametrize("layout", ["heads inside", "unaligned", "expanded", "a single row"])
 def test_a_layout_is_copied_wrongly(hopper, layout, width):
-    """In boxes where the hardware can; what it cannot goes another way, with the same results."""
+    """In boxes; what has none is copied before."""
     query, key, value = random_qkv(2, 2, 2, 70, 300, width, width, dtype=torch.bfloat16)
     if layout == "heads inside":  # (B, T, H, D), as a GPT has it
         query, key, value = (
@@ -123,7 +123,7 @@ def test_a_layout_is_copied_wrongly(hopper, layout, width):
     else:
         query = query[:, :, :1]
     if layout != "a single row":  # whose few numbers may be those of the other kernels
-        assert runs_on_hopper(hopper, (query, key, value)) == (layout == "heads inside")
+        assert runs_on_hopper(hopper, (query, key, value))
     assert_exact(hopper, (query, key, value))
 
 

@@ -11,9 +11,10 @@
 //
 // As on Ampere, heads above 128 take a pass over the keys for each of dK and dV.
 //
-// Registers of a thread at width 128: of 240 in the pass over the queries 64 of dQ, 64 each of S and
-// dP, 32 of dS; of 232 in that over the keys 64 each of dK and dV, 32 each of S and dP, 16 each of P
-// and dS. There the copying warpgroup keeps 40, since it also tells what is known of each query.
+// Registers of a thread at width 128: of 240 in the pass over the queries 64 of dQ, 64 each of S
+// and dP, 32 of dS; of 232 in that over the keys 64 each of dK and dV, 32 each of S and dP, 16 each
+// of P and dS. There the copying warpgroup keeps 40, since it also tells what is known of each
+// query.
 #pragma once
 
 #include "attention_backward.cuh"
@@ -412,15 +413,6 @@ attention_key_gradient_hopper(const AttentionBackward a,
 }
 
 // ---- the launch ----
-
-// Whether it can be computed so; the output and its rounding are read by vectors. Options have no
-// room in registers beside rows of 256.
-template <int width>
-bool hopper_takes(const AttentionBackward& a) {
-  return (width <= 128 || is_plain(a)) && have_boxes(a) &&
-         has_boxes(a.grad_output, a.batch, a.query_heads, a.queries) && a.output.vectors &&
-         a.rounding.vectors;
-}
 
 template <class T>
 BackwardMaps maps_of(const AttentionBackward& a, int query_rows, int key_rows) {

@@ -137,15 +137,9 @@ FASTGPT_DEVICE void round_products(const Products<1, n_tiles>& s, uint32_t (&p)[
 
 // ---- the launch ----
 
-// Whether a tensor can be copied in boxes: rows of whole vectors, and nothing is repeated.
-inline bool has_boxes(const Heads<const void>& x, int64_t batch, int64_t heads, int64_t rows) {
-  return x.vectors && rows > 0 && (batch == 1 || x.batch > 0) && (heads == 1 || x.head > 0) &&
-         (rows == 1 || x.row > 0);
-}
-
-inline bool have_boxes(const Attention& a) {
-  return has_boxes(a.query, a.batch, a.query_heads, a.queries) &&
-         has_boxes(a.key, a.batch, a.heads, a.keys) && has_boxes(a.value, a.batch, a.heads, a.keys);
+// Whether boxes could hold the rows of these sizes.
+inline bool fits_boxes(const Attention& a) {
+  return a.head_dim % 8 == 0 && a.value_dim % 8 == 0 && a.queries > 0 && a.keys > 0;
 }
 
 template <class T>

@@ -44,8 +44,13 @@ void launch_over_keys(Kernel* kernel, const AttentionBackward& a, void* stream) 
 }
 
 template <class T, int width>
+bool forward_in_boxes(const AttentionForward& a) {
+  return fits_boxes(a) && runs_on_hopper(&attention_forward_hopper<T, width, true>);
+}
+
+template <class T, int width>
 void launch_attention_forward(const AttentionForward& a, void* stream) {
-  if (have_boxes(a) && runs_on_hopper(&attention_forward_hopper<T, width, true>)) {
+  if (forward_in_boxes<T, width>(a)) {
     const int64_t groups = int64_t(a.batch) * a.heads;
     const int section = a.group * section_of(groups, a.keys, a);
     launch_attention_forward_hopper<T, width>(a, section, stream);
@@ -54,9 +59,16 @@ void launch_attention_forward(const AttentionForward& a, void* stream) {
   launch_over_queries<ForwardTiles<width>>(&attention_forward<T, width>, a, stream);
 }
 
+// Options have no room in registers beside rows of 256 columns.
+template <class T, int width>
+bool backward_in_boxes(const AttentionBackward& a) {
+  return fits_boxes(a) && (width <= 128 || is_plain(a)) &&
+         runs_on_hopper(&attention_query_gradient_hopper<T, width, true>);
+}
+
 template <class T, int width>
 void launch_attention_backward(const AttentionBackward& a, void* stream) {
-  if (hopper_takes<width>(a) && runs_on_hopper(&attention_query_gradient_hopper<T, width, true>)) {
+  if (backward_in_boxes<T, width>(a)) {
     const int64_t groups = int64_t(a.batch) * a.heads;
     launch_attention_backward_hopper<T, width>(a, a.group * section_of(groups, a.keys, a),
                                                section_of(groups, int64_t(a.group) * a.queries, a),
@@ -74,7 +86,8 @@ void launch_attention_backward(const AttentionBackward& a, void* stream) {
 }
 
 template <class T, int width>
-constexpr AttentionLaunches attention_launches{&launch_attention_forward<T, width>,
-                                               &launch_attention_backward<T, width>};
+constexpr AttentionLaunches attention_launches{
+    &launch_attention_forward<T, width>, &forward_in_boxes<T, width>,
+    &launch_attention_backward<T, width>, &backward_in_boxes<T, width>};
 
 }  // namespace fastgpt::cuda

@@ -6,11 +6,20 @@
 
 namespace fastgpt::cuda {
 
+// Whether a tensor can be copied in boxes: rows of whole vectors, and nothing is repeated.
+inline bool has_boxes(const Heads<const void>& x, int64_t batch, int64_t heads, int64_t rows) {
+  return x.vectors && (batch == 1 || x.batch > 0) && (heads == 1 || x.head > 0) &&
+         (rows == 1 || x.row > 0);
+}
+
 // The kernels for one storage type and for rows of up to `width` columns, each of which returns at
-// once: the stream runs it later.
+// once: the stream runs it later. Those that run `in_boxes` on the current device demand of every
+// tensor that it has them.
 struct AttentionLaunches {
   void (*forward)(const AttentionForward&, void* stream);
+  bool (*forward_in_boxes)(const AttentionForward&);
   void (*backward)(const AttentionBackward&, void* stream);
+  bool (*backward_in_boxes)(const AttentionBackward&);
 };
 
 constexpr int kWidestHead = 256;

@@ -27,6 +27,16 @@ Heads<Void> heads_of(Void* data, const Tensor& x) {
 Heads<const void> heads_of(const Tensor& x) { return heads_of(x.const_data_ptr(), x); }
 Heads<void> heads_of_result(const Tensor& x) { return heads_of(x.mutable_data_ptr(), x); }
 
+// For kernels that copy in boxes: what has none is copied before, so that a view has the bits of
+// its copy.
+void put_boxes(Tensor& x, Heads<const void>& heads) {
+  if (has_boxes(heads, x.size(0), x.size(1), x.size(2))) return;
+  Tensor copy = new_heads(x, x.size(3));
+  torch::stable::copy_(copy, x);
+  x = copy;
+  heads = heads_of(x);
+}
+
 // The arguments of a call, with the memory that they point to.
 struct AttentionTensors {
   OfHeads slopes, sinks;
@@ -143,7 +153,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   a.lse = floats(lse);
   a.row_max = floats(row_max);
   a.row_sum = floats(row_sum);
-  attention_launches_of(dtype_of(query), columns_of(a)).forward(a, device.stream);
+  const AttentionLaunches& launches = attention_launches_of(dtype_of(query), columns_of(a));
+  if (launches.forward_in_boxes(a)) {
+    put_boxes(query, a.query);
+    put_boxes(key, a.key);
+    put_boxes(value, a.value);
+  }
+  launches.forward(a, device.stream);
   return {output, lse, rounding, row_max, row_sum};
 }
 
@@ -183,7 +199,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   a.grad_key = heads_of_result(grad_key);
   a.grad_value = heads_of_result(grad_value);
   if (sinks.has_value()) a.grad_sinks = floats(grad_sinks);
-  attention_launches_of(dtype_of(query), columns_of(a)).backward(a, device.stream);
+  const AttentionLaunches& launches = attention_launches_of(dtype_of(query), columns_of(a));
+  if (launches.backward_in_boxes(a)) {
+    put_boxes(query, a.query);
+    put_boxes(key, a.key);
+    put_boxes(value, a.value);
+    put_boxes(grad_output, a.grad_output);
+    put_boxes(output, a.output);
+    put_boxes(rounding, a.rounding);
+  }
+  launches.backward(a, device.stream);
   return {grad_query, grad_key, grad_value, grad_mask, grad_sinks};
 }
 
