@@ -17,4 +17,9 @@ const AttentionLaunches& attention_launches_of(DType dtype, int columns) {
                            " columns, got " + std::to_string(columns));
 }
 
+HopperPasses& hopper_passes(int width) {
+  static HopperPasses of_64, of_128;
+  return width == 64 ? of_64 : of_128;
+}
+
 }  // namespace fastgpt::cuda

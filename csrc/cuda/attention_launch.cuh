@@ -45,7 +45,8 @@ void launch_over_keys(Kernel* kernel, const AttentionBackward& a, void* stream) 
 template <class T, int width>
 void launch_attention_forward(const AttentionForward& a, void* stream) {
   if constexpr (width == 64 || width == 128) {
-    if (have_boxes(a) && runs_on_hopper(&attention_forward_hopper<T, width, true>)) {
+    if (hopper_passes(width).forward && have_boxes(a) &&
+        runs_on_hopper(&attention_forward_hopper<T, width, true>)) {
       const int64_t groups = int64_t(a.batch) * a.heads;
       const int section = a.group * section_of(groups, a.keys, a);
       launch_attention_forward_hopper<T, width>(a, section, stream);
