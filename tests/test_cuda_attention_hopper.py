@@ -149,6 +149,7 @@ def test_a_pass_runs_another_generation_than_it_is_switched_to(hopper, switch, w
     amperes = gradients(hopper, width)
     switch(only(which, width))
     assert same(gradients(hopper, width), amperes) == (width not in generations.KERNELS[which])
+    assert_exact(hopper, long_inputs(width), is_causal=True)
     other = {64: 128, 128: 64}[width]
     switch(only(which, other))
     assert same(gradients(hopper, width), amperes), "it is the switch of another width"
