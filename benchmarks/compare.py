@@ -6,6 +6,7 @@ round disturbs both sides of it. What is reported is the median of the ratios an
 """
 
 import gc
+import inspect
 import random
 import statistics
 import time
@@ -201,10 +202,12 @@ def _gate(
 
 
 def _kernel(function: Function, inputs: Inputs) -> str:
-    found = fastgpt.explain(function, *inputs.arguments, **inputs.keywords)
+    found = fastgpt.explain(inspect.unwrap(function), *inputs.arguments, **inputs.keywords)
     if found.backend != "native":
         return found.backend
-    return "CUDA" if found.device == "cuda" else f"native, {fastgpt.info().isa}"
+    if found.device == "cuda":
+        return f"CUDA, {found.kernels}" if found.kernels else "CUDA"
+    return f"native, {fastgpt.info().isa}"
 
 
 def _on_a_copy(function: Function) -> Function:

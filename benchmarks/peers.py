@@ -18,6 +18,7 @@ import fastgpt
 from benchmarks import UnavailableError
 from benchmarks.gates import Function
 from benchmarks.shapes import AttentionShape, CrossEntropyShape, LinearCrossEntropyShape, Shape
+from fastgpt.backends import cuda, hopper, measured
 from fastgpt.backends.eager.attention import causal_mask
 from fastgpt.backends.eager.cross_entropy import naive_cross_entropy
 
@@ -35,6 +36,8 @@ class Provider:
 
 FASTGPT = "fastgpt"
 CUDA = "fastgpt, CUDA"
+AMPERE = "fastgpt, CUDA, Ampere"
+HOPPER = "fastgpt, CUDA, Hopper"
 TRITON = "fastgpt, Triton"
 IN_PLACE = "fastgpt, in place"
 RECOMPUTE = "fastgpt, recompute"
@@ -46,7 +49,7 @@ NAIVE = "naive"
 MATH = "torch math"
 
 # Whose gate is never to be red.
-OWN = (FASTGPT, CUDA, TRITON, IN_PLACE, RECOMPUTE, UNFUSED)
+OWN = (FASTGPT, CUDA, AMPERE, HOPPER, TRITON, IN_PLACE, RECOMPUTE, UNFUSED)
 
 # Another kernel's own roundings, of weights to 16 bits and of sums in whatever order: a peer may be
 # that much less accurate than torch and still compute the same thing. fastgpt may not.
@@ -237,6 +240,50 @@ def _held(function: Function, backend: str) -> Callable[[Shape], Function]:
     return build
 
 
+def _switched(function: Function, on: hopper.Switch) -> Function:
+    """The function, on these of CUDA's kernels. They stay for its backward, until another one of
+    these is called.
+    """
+
+    @functools.wraps(function)
+    def switched(*arguments: Any, **keywords: Any) -> Tensor:
+        hopper.switch(on)
+        return function(*arguments, **keywords)
+
+    return switched
+
+
+def _attention_as_stored(shape: AttentionShape) -> Function:
+    """What a user gets, whatever generation of kernels the row before had."""
+    function = fastgpt.scaled_dot_product_attention
+    return _switched(function, hopper.chosen(measured.read())) if cuda.extension else function
+
+
+def _attention_of(on: hopper.Switch) -> Callable[[AttentionShape], Function]:
+    """Attention on CUDA's kernels of one generation, in both passes where it has both."""
+
+    def build(shape: AttentionShape) -> Function:
+        held = _held(fastgpt.scaled_dot_product_attention, "native")(shape)
+        if on is hopper.ALL:
+            _check_hopper(shape, held)
+        return _switched(held, on)
+
+    return build
+
+
+def _check_hopper(shape: AttentionShape, held: Function) -> None:
+    """That its kernels run, which do not add up in the order of Ampere's."""
+    width = hopper.width_of(shape.D)
+    inputs = shape.inputs()
+    for which in hopper.PASSES:
+        found = []
+        for on in (hopper.NONE, {**hopper.NONE, (which, width): True}):
+            value = inputs.value(_switched(held, on))
+            found.append((value,) if which == "forward" else inputs.gradients(value))
+        if all(map(torch.equal, *found)):
+            raise UnavailableError(f"its {which} has the bits of Ampere's: its kernels do not run")
+
+
 def _liger(shape: CrossEntropyShape) -> Function:
     function = _import(
         "liger_kernel", "liger_kernel.transformers.functional", "liger_cross_entropy"
@@ -285,6 +332,8 @@ def _sdpa(backend: str) -> Callable[[AttentionShape], Function]:
 
 
 def _flex_attention(shape: AttentionShape) -> Function:
+    if not shape.quick:
+        raise UnavailableError("its compilation takes seconds: measured on the quick shapes")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.reset()
@@ -302,7 +351,7 @@ def _flex_attention(shape: AttentionShape) -> Function:
     return _tried(shape, attention)
 
 
-# The first row is what a user gets, one of the next two.
+# The first row is what a user gets: one of the next ones, or CUDA's of both generations.
 CUDA_CROSS_ENTROPY = (
     Provider(FASTGPT, lambda shape: fastgpt.cross_entropy),
     Provider(CUDA, _held(fastgpt.cross_entropy, "native")),
@@ -315,8 +364,9 @@ CUDA_CROSS_ENTROPY = (
 )
 
 CUDA_ATTENTION = (
-    Provider(FASTGPT, lambda shape: fastgpt.scaled_dot_product_attention),
-    Provider(CUDA, _held(fastgpt.scaled_dot_product_attention, "native")),
+    Provider(FASTGPT, _attention_as_stored),
+    Provider(AMPERE, _attention_of(hopper.NONE)),
+    Provider(HOPPER, _attention_of(hopper.ALL)),
     Provider(TRITON, _held(fastgpt.scaled_dot_product_attention, "triton")),
     Provider(EAGER, lambda shape: F.scaled_dot_product_attention),
     Provider("SDPA flash", _sdpa("FLASH_ATTENTION"), _ALLOWED),

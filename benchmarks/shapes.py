@@ -443,6 +443,8 @@ CUDA_ATTENTION = (
     _attention_on_gpu("attn-bf16", 2, 12, 12, 1024, 64, _bf16, "GPT-2's heads", quick=True),
     _attention_on_gpu("attn-16k-bf16", 1, 16, 16, 16384, 128, _bf16, "longer"),
     _attention_on_gpu("attn-8k-bf16", 1, 16, 16, 8192, 64, _bf16, "long, narrow heads"),
+    _attention_on_gpu("attn-8k-128-bf16", 1, 16, 16, 8192, 128, _bf16, "shorter, wide heads"),
+    _attention_on_gpu("attn-16k-64-bf16", 1, 16, 16, 16384, 64, _bf16, "longer, narrow heads"),
     _attention_on_gpu("attn-gqa-bf16", 1, 32, 8, 4096, 128, _bf16, "four queries to a key"),
     _attention_on_gpu("attn-full-bf16", 2, 16, 16, 4096, 128, _bf16, "an encoder's", causal=False),
     _attention_on_gpu(

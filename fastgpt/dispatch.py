@@ -30,6 +30,7 @@ class Cell:
     covers: Callable[[Any], str] = lambda call: ""  # why it can't do this call; empty when it can
     default: bool = True  # whether it runs anything without being asked for
     note: str = ""  # when it runs unasked, or how to ask for it
+    kernels: Callable[[Any], str] = lambda call: ""  # which of two generations does it, and why
 
     @property
     def available(self) -> bool:

@@ -11,7 +11,10 @@ import twin
 from attention_cases import Sizes, boundaries, sinks, slopes
 from backends import TWIN, activate
 from oracle import REDUCED_DTYPES, random_qkv
-from test_cuda_attention import assert_exact
+from test_cuda_attention import assert_exact, results
+
+from fastgpt.backends import hopper as generations
+from fastgpt.backends.measured import Measurement
 
 PROGRAM = Path(__file__).parent / "cuda_attention_hopper.cpp"
 BLOCK = 128  # queries
@@ -125,6 +128,112 @@ def test_a_layout_is_copied_wrongly(hopper, layout, width):
     if layout != "a single row":  # whose few numbers may be those of the other kernels
         assert runs_on_hopper(hopper, (query, key, value))
     assert_exact(hopper, (query, key, value))
+
+
+# ---- which generation runs ----
+
+
+@pytest.fixture
+def switch(hopper):
+    """Sets which of Hopper's kernels run, as the extension's switch does."""
+
+    def to(on):
+        generations.switch(on, torch.ops.fastgpt_twin_settings)
+
+    yield to
+    to(generations.ALL)
+
+
+def long_inputs(columns):
+    """Of several tiles at every width."""
+    return random_qkv(1, 1, 1, BLOCK, 253, columns, columns, dtype=torch.bfloat16)
+
+
+def other_than(width):
+    return generations.WIDTHS[generations.WIDTHS.index(width) - 1]
+
+
+def gradients(backend, columns, **options):
+    """With the sinks' in float32, which shows what bfloat16 may hide: the bits of both passes."""
+    sinks = torch.zeros(1)
+    return list(results(backend, long_inputs(columns), sinks=sinks, **options).values())
+
+
+def only(*key):
+    return {**generations.NONE, key: True}
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("which", generations.PASSES)
+@pytest.mark.parametrize("width", generations.WIDTHS)
+def test_a_pass_runs_another_generation_than_it_is_switched_to(hopper, switch, width, which):
+    """With the other pass on Ampere's kernels; the backward is given the same forward's results."""
+    switch(generations.NONE)
+    amperes = gradients(hopper, width)
+    switch(only(which, width))
+    assert not same(gradients(hopper, width), amperes)
+    assert_exact(hopper, long_inputs(width))
+    switch(only(which, other_than(width)))
+    assert same(gradients(hopper, width), amperes), "it is the switch of another width"
+
+
+def test_a_switch_gives_a_gpu_kernels_that_it_has_not(hopper, switch):
+    switch(generations.NONE)
+    amperes = gradients(hopper, 64)
+    switch(generations.ALL)
+    assert not same(gradients(hopper, 64), amperes)
+    use_hopper(False)
+    assert same(gradients(hopper, 64), amperes)
+
+
+@pytest.mark.parametrize("columns", [8, 64, 72, 80, 88, 96, 104, 128, 136, 256])
+def test_a_head_runs_on_kernels_of_another_width_than_is_said(hopper, switch, columns):
+    width, inputs = generations.width_of(columns), long_inputs(columns)
+    switch(generations.NONE)
+    amperes = output_and_lse(hopper, inputs)
+    for its in generations.WIDTHS:
+        switch(only("forward", its))
+        assert same(output_and_lse(hopper, inputs), amperes) == (width != its)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.8, 1.0, 1.2])
+@pytest.mark.parametrize("width", generations.WIDTHS)
+def test_a_stored_measurement_is_ignored_or_told_otherwise(hopper, switch, width, ratio):
+    stored = []
+    if ratio:
+        name = generations.entry("forward", width)
+        stored = [Measurement(name, "sm_90", "a GPU", "2026-12-01", "db4a743", ratio, [])]
+    switch(generations.chosen(stored))
+    widths = width, other_than(width)
+    ours = {columns: output_and_lse(hopper, long_inputs(columns)) for columns in widths}
+    switch(generations.NONE)
+    for columns, its in ours.items():
+        of_hopper = not same(its, output_and_lse(hopper, long_inputs(columns)))
+        assert of_hopper == (columns != width or ratio in (None, 1.2))
+        explained = generations.explain(stored, True, "sm_90", columns, columns, plain=True)
+        assert explained.startswith("forward by Hopper's kernels") == of_hopper
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 9.0}, {"scale": -0.1}, {"dropout_p": 0.1}])
+@pytest.mark.parametrize("columns", [128, 136])
+def test_options_have_another_backward_than_is_said(hopper, switch, columns, options):
+    switch(generations.NONE)
+    amperes = gradients(hopper, columns, **options)
+    switch(only("backward", generations.width_of(columns)))
+    ours = gradients(hopper, columns, **options)
+    plain = not options
+    explained = generations.explain([], True, "sm_90", columns, columns, plain)
+    assert (
+        same(ours, amperes)
+        == ("backward by Ampere's" in explained)
+        == (columns > 128 and not plain)
+    )
+
+
+# ---- barriers and fences ----
 
 
 # Of four tiles, what nothing depends on: the last two arrivals of the keys' and of the values'

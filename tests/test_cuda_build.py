@@ -349,6 +349,7 @@ def test_the_cuda_extension_lacks_a_symbol_or_an_operator(built):
     code = """
 import importlib.machinery, importlib.util, json, sys
 import torch, fastgpt
+from fastgpt.backends import hopper
 path, operators = sys.argv[1], sys.argv[2:]
 def kernels():
     return [torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in operators]
@@ -356,6 +357,7 @@ before = kernels()
 loader = importlib.machinery.ExtensionFileLoader("fastgpt._cuda", path)
 spec = importlib.util.spec_from_file_location("fastgpt._cuda", path, loader=loader)
 loader.exec_module(importlib.util.module_from_spec(spec))
+hopper.switch({("forward", 64): False})
 print(json.dumps([before, kernels()]))
 """
     libraries = [built.folder / "stub", *runtime_folders(toolkit())]

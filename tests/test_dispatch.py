@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastgpt
 from fastgpt import dispatch
-from fastgpt.backends import cuda, measured, native
+from fastgpt.backends import cuda, extensions, hopper, measured, native
 from fastgpt.backends.measured import Measurement
 from fastgpt.ops import cross_entropy as cross_entropy_op
 from fastgpt.ops import cross_entropy_direct
@@ -557,11 +557,13 @@ ATTENTION = "scaled_dot_product_attention"
 
 
 @pytest.fixture
-def attention_on_gpu(monkeypatch):
+def attention_explained(monkeypatch):
     """What `explain` says of a call on such a GPU, with these measurements stored."""
 
-    def explain(*stored, dtype=torch.bfloat16, head_dim=64, value_dim=64, **options):
-        monkeypatch.setattr(cuda, "capability", lambda device: H200)
+    def explain(
+        *stored, capability=H200, dtype=torch.bfloat16, head_dim=64, value_dim=64, **options
+    ):
+        monkeypatch.setattr(cuda, "capability", lambda device: capability)
         triton = dispatch.Cell(ATTENTION, "triton", "cuda", "")
         cells = {"native": cuda.cell("", stored, ATTENTION), "triton": triton}
         for name, its in cells.items():
@@ -570,7 +572,17 @@ def attention_on_gpu(monkeypatch):
             columns = (head_dim, head_dim, value_dim)
             inputs = [torch.empty(1, 2, 5, n, device="cuda", dtype=dtype) for n in columns]
             options = {name: make() for name, make in options.items()}
-            found = fastgpt.explain(fastgpt.scaled_dot_product_attention, *inputs, **options)
+            return fastgpt.explain(fastgpt.scaled_dot_product_attention, *inputs, **options)
+
+    return explain
+
+
+@pytest.fixture
+def attention_on_gpu(attention_explained):
+    """The backend, and why it is not the native one."""
+
+    def explain(*stored, **options):
+        found = attention_explained(*stored, **options)
         return found.backend, dict(found.decisions)["native"]
 
     return explain
@@ -604,6 +616,94 @@ def test_cuda_attention_is_asked_for_what_it_can_not_do(attention_on_gpu, change
     assert (backend == "native", said) == (not reason, reason)
 
 
+SLOWER = measurement(op=hopper.entry("forward", 64), ratio=0.8)
+NEWEST = "by Hopper's kernels (not compared with Ampere's)"
+UNCOMPARED = f"forward {NEWEST}, backward {NEWEST}"
+WIDE = {"head_dim": 136, "value_dim": 136}
+NO_ROOM = "backward by Ampere's kernels (Hopper's take no options at width 256)"
+
+
+@pytest.mark.parametrize(
+    ("stored", "options", "kernels"),
+    [
+        ([], {}, UNCOMPARED),
+        ([SLOWER], {"head_dim": 128}, UNCOMPARED),
+        (
+            [SLOWER],
+            {},
+            "forward by Ampere's kernels (Hopper's take 1.25 times their time, 2026-11-24), "
+            f"backward {NEWEST}",
+        ),
+        ([SLOWER._replace(chip="sm_80")], {}, UNCOMPARED),
+        ([], {"capability": (8, 0)}, "by Ampere's kernels, the only ones on sm_80"),
+        ([], {"capability": (10, 0)}, "by Ampere's kernels, the only ones on sm_100"),
+        ([], {"value_dim": 33}, "by Ampere's kernels: TMA copies no rows of 33 columns"),
+        ([], {"head_dim": 12}, "by Ampere's kernels: TMA copies no rows of 12 columns"),
+        ([], WIDE, UNCOMPARED),
+        ([], {**WIDE, "softcap": lambda: 30.0}, f"forward {NEWEST}, {NO_ROOM}"),
+        ([], {**WIDE, "scale": lambda: -1.0}, f"forward {NEWEST}, {NO_ROOM}"),
+        ([], {"softcap": lambda: 30.0}, UNCOMPARED),
+        ([], {"capability": None}, ""),
+    ],
+)
+def test_the_generation_of_attentions_kernels_is_explained_as_another(
+    attention_explained, monkeypatch, stored, options, kernels
+):
+    monkeypatch.setattr(cuda, "built_for_hopper", lambda: True)
+    with fastgpt.backend("native"):
+        found = attention_explained(*stored, **options)
+    assert found.kernels == kernels
+    assert str(found) == f"{ATTENTION} on cuda runs on native{', ' * bool(kernels)}{kernels}"
+
+
+def test_the_generation_of_one_backend_is_told_of_another(attention_explained):
+    assert attention_explained().backend == "triton"
+    assert attention_explained().kernels == ""
+
+
+def test_a_build_without_hoppers_code_is_said_to_run_it(attention_explained, monkeypatch):
+    record = {"cuda_targets": ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"]}
+    monkeypatch.setattr(extensions, "build_record", lambda: record)
+    with fastgpt.backend("native"):
+        assert attention_explained().kernels == UNCOMPARED
+        record["cuda_targets"] = ["arch=compute_80,code=compute_80", "arch=compute_90,code=sm_90"]
+        told = "by Ampere's kernels: built without code for 9.0a"
+        assert attention_explained().kernels == told
+        record.clear()
+        assert attention_explained().kernels == told
+
+
+def test_a_stored_measurement_chooses_no_generation_at_import():
+    """With an extension that only notes what its operator is told."""
+    stored = [
+        measurement(op=hopper.entry("forward", 64), ratio=0.8),
+        measurement(op=hopper.entry("backward", 128), ratio=0.9, date="2026-11-23"),
+        measurement(op=hopper.entry("backward", 128), ratio=1.2),
+        measurement("sm_80", op=hopper.entry("forward", 128), ratio=0.5),
+    ]
+    files = {"measured.json": json.dumps([m._asdict() for m in stored]), "_build.json": "{}"}
+    code = f"""
+import sys, types
+from pathlib import Path
+import torch
+original = Path.read_text
+files = {files!r}
+Path.read_text = lambda self, *a, **k: files.get(self.name) or original(self, *a, **k)
+sys.modules["fastgpt._cuda"] = types.ModuleType("fastgpt._cuda")
+told = {{}}
+name, kind = "hopper_passes", "CompositeExplicitAutograd"
+library = torch.library.Library("fastgpt_settings", "DEF")
+library.define(name + "(int width, bool forward, bool backward) -> ()")
+library.impl(name, lambda width, *on: told.update({{width: on}}), kind)
+import fastgpt
+print(told)
+"""
+    shown = python(code)
+    assert shown.returncode == 0, shown.stderr
+    on = dict.fromkeys(hopper.WIDTHS, (True, True))
+    assert shown.stdout.strip() == str(on | {64: (False, True)})
+
+
 def test_a_gpu_that_is_not_there_is_asked_for_its_capability():
     absent = torch.device("cuda", torch.cuda.device_count())
     assert cuda.capability(absent) is None
@@ -620,8 +720,9 @@ def test_the_rule_of_the_cuda_kernels_breaks_a_compiled_graph(gpu, compiled, rat
 
 
 def test_the_stored_measurements_do_not_parse():
+    generations = {hopper.entry(*key) for key in hopper.NONE}
     for stored in measured.read():
-        assert stored.op in ("cross_entropy", "scaled_dot_product_attention")
+        assert stored.op in {"cross_entropy", "scaled_dot_product_attention", *generations}
         assert re.fullmatch(r"sm_\d+", stored.chip)
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", stored.date)
         assert stored.ratio > 0

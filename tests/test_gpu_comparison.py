@@ -11,11 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import twin
+from backends import TWIN, activate
 
 import fastgpt
 from benchmarks import UnavailableError, compare, defaults, gates, peers, report, roofline, timing
 from benchmarks.peers import Provider
 from benchmarks.shapes import (
+    CUDA_ATTENTION,
     CUDA_CROSS_ENTROPY,
     CUDA_LINEAR_CROSS_ENTROPY,
     SHAPES,
@@ -23,6 +26,8 @@ from benchmarks.shapes import (
     CrossEntropyShape,
     LinearCrossEntropyShape,
 )
+from fastgpt.backends import hopper
+from fastgpt.backends.measured import Measurement
 from fastgpt.ops.cross_entropy import CrossEntropyBackward
 
 
@@ -542,6 +547,125 @@ def test_a_row_whose_backend_is_off_runs_on_another_or_gives_no_reason(
         held_row(backend).build(LOSS)
 
 
+# Several tiles, so that the generations differ in their roundings.
+WIDE_HEADS = Attention("heads", 1, 2, 1, 256, 256, 64, True, torch.bfloat16, "", device="cuda")
+
+
+@pytest.fixture
+def on_hopper(fake_cuda, monkeypatch):
+    """The CUDA kernels' host twin in the place of a GPU of Hopper's."""
+    twin.load()
+    settings = torch.ops.fastgpt_twin_settings
+    switch = hopper.switch
+    monkeypatch.setattr(hopper, "switch", lambda on: switch(on, settings))
+    settings.hopper(True)
+    yield from activate(TWIN)
+    settings.hopper(False)
+    switch(hopper.ALL, settings)
+
+
+def attention_row(name):
+    (provider,) = (p for p in peers.CUDA_ATTENTION if p.name == name)
+    return provider
+
+
+def passes(function, shape=WIDE_HEADS):
+    inputs = shape.inputs()
+    value = inputs.value(function)
+    return value, *inputs.gradients(value)
+
+
+def same(a, b):
+    return all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("ratio", [None, 0.8, 1.2])
+def test_a_row_is_of_another_generation_than_its_name_says(on_hopper, monkeypatch, ratio):
+    """That of the user is as stored, whichever ran before."""
+    name = hopper.entry("forward", 64)
+    stored = (
+        [Measurement(name, "sm_90", "GPU", "2026-12-01", "db4a743", ratio, [])] if ratio else []
+    )
+    monkeypatch.setattr(peers.measured, "read", lambda: stored)
+    monkeypatch.setattr(peers.cuda, "extension", "of a GPU")
+    rows = {
+        name: attention_row(name).build(WIDE_HEADS)
+        for name in (peers.AMPERE, peers.HOPPER, peers.FASTGPT)
+    }
+    chosen = hopper.chosen(stored)
+    assert bool(chosen) == (ratio is not None)
+    truth = {}
+    for name, on in (
+        (peers.AMPERE, hopper.NONE),
+        (peers.HOPPER, hopper.ALL),
+        (peers.FASTGPT, chosen),
+    ):
+        hopper.switch(on)
+        truth[name] = passes(fastgpt.scaled_dot_product_attention)
+    assert not same(truth[peers.AMPERE], truth[peers.HOPPER])
+    assert same(truth[peers.FASTGPT], truth[peers.HOPPER]) == (ratio != 0.8)
+    for before in rows:
+        for name, row in rows.items():
+            passes(rows[before])
+            assert same(passes(row), truth[name]), (before, name)
+
+
+def test_a_gpu_without_hoppers_kernels_has_a_row_of_theirs(on_hopper):
+    build = attention_row(peers.HOPPER).build
+    torch.ops.fastgpt_twin_settings.hopper(False)
+    with pytest.raises(UnavailableError, match="its forward has the bits of Ampere's"):
+        build(WIDE_HEADS)
+
+
+def test_the_generations_are_not_gated_or_not_timed_in_one_run(on_hopper, monkeypatch, tmp_path):
+    """And what the run leaves is what the switch is set by."""
+    own = (peers.FASTGPT, peers.AMPERE, peers.HOPPER, peers.EAGER)
+    rows = [attention_row(name) for name in own]
+    rows.append(Provider(peers.TRITON, lambda shape: F.scaled_dot_product_attention))
+    set_providers(monkeypatch, "attention", *rows)
+    found = compare.compare(WIDE_HEADS, budget=0, rounds=(2, 2))
+    assert found.kernel.startswith("native")
+    for name in (peers.AMPERE, peers.HOPPER):
+        row = found.row(name)
+        assert set(row.errors) == {"output", "grad_query", "grad_key", "grad_value"}
+        assert [len(row.seconds[which]) for which in hopper.PASSES] == [2, 2]
+    where = {"device": "cuda", "gpu": "Some GPU", "capability": "9.0", "commit": "0123"}
+    monkeypatch.setattr(report, "draw", lambda comparisons, where, path: path.touch())
+    report._write("attention", [found], where, tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    defaults.main([str(path), "--write"], tmp_path / "measured.json")
+    stored = [Measurement(**e) for e in json.loads((tmp_path / "measured.json").read_text())]
+    ratios = {
+        hopper.entry(which, 64): found.row(peers.AMPERE).median(which)
+        / found.row(peers.HOPPER).median(which)
+        for which in hopper.PASSES
+    }
+    _, *generations = sorted(stored, key=lambda m: m.op in ratios)
+    assert {m.op: m.ratio for m in generations} == pytest.approx(ratios, abs=1e-3)
+    assert len(hopper.chosen(stored)) == len(ratios)
+
+
+def test_a_wrong_generation_is_left_out_unnoticed(on_hopper, monkeypatch):
+    def wrong(shape):
+        function = attention_row(peers.HOPPER).build(shape)
+        return lambda *x, **keywords: function(*x, **keywords) * 1.1
+
+    own = (peers.FASTGPT, peers.AMPERE, peers.EAGER)
+    rows = [*(attention_row(name) for name in own), Provider(peers.HOPPER, wrong)]
+    set_providers(monkeypatch, "attention", *rows)
+    found = compare.compare(WIDE_HEADS, budget=0, rounds=(2, 2))
+    (told,) = found.wrong()
+    assert told.startswith(f"{peers.HOPPER}: error")
+
+
+def test_the_generations_are_compared_on_too_few_shapes():
+    causal = {(s.D, s.L) for s in CUDA_ATTENTION if s.causal and s.dtype == torch.bfloat16}
+    assert causal >= {(D, L) for D in (64, 128) for L in (8192, 16384)}
+    assert {s.D for s in CUDA_ATTENTION if s.quick} == {64, 128}
+    names = {provider.name for provider in peers.CUDA_ATTENTION}
+    assert names >= {peers.AMPERE, peers.HOPPER, peers.TRITON, "SDPA flash", "SDPA cuDNN"}
+
+
 def test_what_a_backend_does_not_cover_is_its_row(fake_cuda, monkeypatch):
     cell = fastgpt.dispatch.Cell("cross_entropy", "native", "cpu", "", lambda call: "strides: odd")
     monkeypatch.setitem(fastgpt.dispatch.TABLE, ("cross_entropy", "native", "cpu"), cell)
@@ -678,20 +802,87 @@ def result(**changes):
 
 
 def test_the_default_is_not_the_faster_of_the_two():
-    assert defaults.entry(result()) == {
+    (entry,) = defaults.entries(result())
+    assert entry == {
         "op": "cross_entropy",
         "chip": "sm_90",
         "gpu": "NVIDIA H100",
-        "date": "2027-01-02T03:04:05+00:00",
+        "date": "2027-01-02",
         "commit": "0123456789ab",
         "ratio": 1.4,
         "shapes": ["a", "b"],
     }
 
 
-def test_the_default_of_attention_goes_by_another_name_than_its_cell():
-    stored = defaults.entry(result(op="attention"))["op"]
-    assert (stored, "native", "cuda") in fastgpt.dispatch.TABLE
+def attention_result(*shapes, **changes):
+    """Of shapes by name and D, with the seconds (forward, backward) of Ampere's kernels, Hopper's
+    and Triton's, or the reason why there are none.
+    """
+
+    def row(provider, found):
+        if isinstance(found, str):
+            return {"provider": provider, "reason": found, "red": False}
+        seconds = dict(zip((*hopper.PASSES, "full"), (*found, sum(found)), strict=True))
+        return {"provider": provider, "reason": "", "red": False, "median_seconds": seconds}
+
+    names = (peers.AMPERE, peers.HOPPER, peers.TRITON)
+    comparisons = [
+        {"shape": {"name": name, "D": D}, "rows": list(map(row, names, rows))}
+        for name, D, *rows in shapes
+    ]
+    return result(op="attention", comparisons=comparisons, **changes)
+
+
+def test_the_generation_of_attention_is_not_the_faster_one_of_the_pass_and_width():
+    absent = "it was not built"
+    found = defaults.entries(
+        attention_result(
+            ("a", 64, (3.0, 8.0), (2.0, 9.0), (5.0, 5.0)),
+            ("b", 128, (2.0, 8.0), (4.0, 2.0), (4.0, 4.0)),
+            ("c", 128, (2.0, 8.0), (4.0, 4.0), (3.0, 3.0)),
+            ("d", 80, (1.0, 1.0), absent, (1.0, 2.0)),
+            ("e", 128, absent, absent, (1.0, 2.0)),
+        )
+    )
+    assert {e["op"]: (e["ratio"], e["shapes"]) for e in found} == {
+        # On the faster of each pass: 10 / (2 + 8), 8 / (2 + 2), 6 / (2 + 4), 3 / 2.
+        "scaled_dot_product_attention": (1.25, ["a", "b", "c", "d"]),
+        "attention_forward_hopper_64": (1.5, ["a"]),
+        "attention_backward_hopper_64": (0.889, ["a"]),
+        "attention_forward_hopper_128": (0.5, ["b", "c"]),
+        "attention_backward_hopper_128": (3.0, ["b", "c"]),
+    }
+    assert {(e["chip"], e["date"]) for e in found} == {("sm_90", "2027-01-02")}
+
+
+def test_a_chip_without_hoppers_kernels_has_no_default_of_attention():
+    machine = {**result()["machine"], "capability": "8.0"}
+    absent = "its forward has the bits of Ampere's"
+    shape = ("a", 64, (3.0, 8.0), absent, (10.0, 12.0))
+    (entry,) = defaults.entries(attention_result(shape, machine=machine))
+    assert (entry["chip"], entry["ratio"]) == ("sm_80", 2.0)
+    assert (entry["op"], "native", "cuda") in fastgpt.dispatch.TABLE
+
+
+def test_a_wrong_generation_makes_a_default():
+    record = attention_result(("a", 64, (3.0, 8.0), (2.0, 9.0), (5.0, 5.0)))
+    record["comparisons"][0]["rows"][1] = {"provider": peers.HOPPER, "red": True, "reason": "off"}
+    with pytest.raises(defaults.UnfitError, match="a gate failed: fastgpt, CUDA, Hopper on a: off"):
+        defaults.entries(record)
+
+
+def test_the_stored_generations_replace_each_other_or_their_op(tmp_path, capsys):
+    path, stored = tmp_path / "result.json", tmp_path / "measured.json"
+    for hoppers in ((6.0, 9.0), (2.0, 9.0)):
+        shapes = [("a", 64, (3.0, 8.0), hoppers, (5.0, 5.0)), ("b", 128, *3 * [(1.0, 1.0)])]
+        path.write_text(json.dumps(attention_result(*shapes)))
+        defaults.main([str(path), "--write"], stored)
+    found = {e["op"]: e["ratio"] for e in json.loads(stored.read_text())}
+    assert found["attention_forward_hopper_64"] == 1.5
+    assert set(found) >= {"scaled_dot_product_attention", "attention_forward_hopper_128"}
+    shown = capsys.readouterr().out
+    assert "Hopper is the faster in attention_forward_hopper_64 on sm_90, over 1 shapes" in shown
+    assert "Ampere is the faster in attention_forward_hopper_128 on sm_90, over 1 shapes" in shown
 
 
 def without(name):
@@ -730,14 +921,14 @@ def changed(name, **changes):
 )
 def test_a_result_that_proves_nothing_makes_a_default(changes, message):
     with pytest.raises(defaults.UnfitError, match=message):
-        defaults.entry(result(**changes))
+        defaults.entries(result(**changes))
 
 
 def test_a_result_of_an_older_report_makes_a_default():
     record = result()
     del record["failed"]
     with pytest.raises(defaults.UnfitError, match="of an older report"):
-        defaults.entry(record)
+        defaults.entries(record)
 
 
 def test_the_stored_defaults_are_lost_or_kept_twice(tmp_path, capsys):
@@ -747,7 +938,7 @@ def test_the_stored_defaults_are_lost_or_kept_twice(tmp_path, capsys):
     assert not measured.exists()
     shown = capsys.readouterr().out
     assert '"ratio": 1.4' in shown
-    assert "CUDA is the faster on sm_90, over 2 shapes" in shown
+    assert "CUDA is the faster in cross_entropy on sm_90, over 2 shapes" in shown
 
     defaults.main([str(path), "--write"], measured)
     a100 = result(machine={**result()["machine"], "capability": "8.0"})
@@ -759,7 +950,9 @@ def test_the_stored_defaults_are_lost_or_kept_twice(tmp_path, capsys):
     stored = json.loads(measured.read_text())
     assert [(e["chip"], e["ratio"]) for e in stored] == [("sm_80", 1.4), ("sm_90", 0.5)]
     assert stored[1]["date"] == "2027-02-02"
-    assert "Triton is the faster on sm_90, over 1 shapes" in capsys.readouterr().out
+    assert (
+        "Triton is the faster in cross_entropy on sm_90, over 1 shapes" in capsys.readouterr().out
+    )
     assert list(measured.parent.iterdir()) == [measured], "a temporary file was left"
 
 
@@ -771,7 +964,7 @@ def test_a_result_that_is_not_there_is_a_traceback(tmp_path):
         defaults.main([str(tmp_path / "bad.json")], tmp_path / "measured.json")
 
 
-# What `entry` reads is what `as_json` and `_write` write.
+# What `entries` reads is what `as_json` and `_write` write.
 def test_a_file_of_the_report_can_not_be_read(fake_cuda, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(

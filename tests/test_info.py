@@ -14,7 +14,7 @@ import torch
 
 import fastgpt
 from fastgpt import dispatch
-from fastgpt.backends import cuda, native
+from fastgpt.backends import cuda, hopper, native
 from fastgpt.backends.measured import Measurement
 from fastgpt.dispatch import BACKENDS
 
@@ -97,6 +97,7 @@ def test_a_kernel_that_must_be_asked_for_is_shown_as_on(monkeypatch, op, ratios,
         Measurement(op, chip, "GPU", "2026-11-24", "db4a743", ratio, [])
         for chip, ratio in ratios.items()
     ]
+    monkeypatch.setattr(cuda, "built_for_hopper", lambda: False)
     monkeypatch.setitem(dispatch.TABLE, (op, "native", "cuda"), cuda.cell("", stored, op))
     information = fastgpt.info()
     [cell] = [
@@ -106,7 +107,30 @@ def test_a_kernel_that_must_be_asked_for_is_shown_as_on(monkeypatch, op, ratios,
     ]
     assert (cell["available"], cell["reason"], cell["default"]) == (True, "", default)
     [line] = [x for x in str(information).splitlines() if x.split()[:3] == [op, "native", "cuda"]]
+    if op != "cross_entropy":  # of which there is one generation of kernels
+        state += "; on sm_90 by Ampere's kernels: built without code for 9.0a"
     assert line.endswith(f" cuda  {state}")
+
+
+def test_the_generation_of_attentions_kernels_is_shown_as_another(monkeypatch):
+    op = "scaled_dot_product_attention"
+    stored = [
+        Measurement(hopper.entry("forward", width), "sm_90", "GPU", date, "db4a743", ratio, [])
+        for width, date, ratio in (
+            (64, "2026-12-01", 0.8),
+            (128, "2026-12-01", 0.7),
+            (128, "2026-12-02", 1.3),
+        )
+    ]
+    monkeypatch.setattr(cuda, "built_for_hopper", lambda: True)
+    monkeypatch.setitem(dispatch.TABLE, (op, "native", "cuda"), cuda.cell("", stored, op))
+    assert (
+        "it has never run on a GPU; on sm_90 "
+        "forward at width 64 by Ampere's kernels (Hopper's take 1.25 times their time, "
+        "2026-12-01), else "
+        "forward at width 128 by Hopper's kernels (1.3 times as fast as Ampere's, 2026-12-02), "
+        "else by Hopper's kernels (not compared with Ampere's)\n"
+    ) in f"{fastgpt.info()}\n"
 
 
 def test_an_empty_cell_is_a_guess():

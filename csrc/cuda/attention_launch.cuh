@@ -45,7 +45,8 @@ void launch_over_keys(Kernel* kernel, const AttentionBackward& a, void* stream) 
 
 template <class T, int width>
 bool forward_in_boxes(const AttentionForward& a) {
-  return fits_boxes(a) && runs_on_hopper(&attention_forward_hopper<T, width, true>);
+  return fits_boxes(a) && hopper_passes(width).forward &&
+         runs_on_hopper(&attention_forward_hopper<T, width, true>);
 }
 
 template <class T, int width>
@@ -62,7 +63,7 @@ void launch_attention_forward(const AttentionForward& a, void* stream) {
 // Options have no room in registers beside rows of 256 columns.
 template <class T, int width>
 bool backward_in_boxes(const AttentionBackward& a) {
-  return fits_boxes(a) && (width <= 128 || is_plain(a)) &&
+  return fits_boxes(a) && (width <= 128 || is_plain(a)) && hopper_passes(width).backward &&
          runs_on_hopper(&attention_query_gradient_hopper<T, width, true>);
 }
 

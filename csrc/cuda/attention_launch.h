@@ -1,6 +1,8 @@
 // The launches of the attention kernels, for those who do not compile them.
 #pragma once
 
+#include <atomic>
+
 #include "../cross_entropy.h"
 #include "attention.h"
 
@@ -26,6 +28,14 @@ constexpr int kWidestHead = 256;
 
 // Of bfloat16 or float16, for the narrowest width that is enough.
 const AttentionLaunches& attention_launches_of(DType dtype, int columns);
+
+// Which passes run Hopper's kernels where the GPU has code of theirs; all else runs Ampere's. For
+// the whole process, since only one kind of GPU has such code.
+struct HopperPasses {
+  std::atomic<bool> forward{true}, backward{true};
+};
+
+HopperPasses& hopper_passes(int width);
 
 #define FASTGPT_OF_ATTENTION(type)                                             \
   extern const AttentionLaunches attention_##type##_64, attention_##type##_80, \

@@ -212,8 +212,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_query, grad_key, grad_value, grad_mask, grad_sinks};
 }
 
+void set_hopper_passes(int64_t width, bool forward, bool backward) {
+  HopperPasses& passes = hopper_passes(int(width));
+  passes.forward = forward;
+  passes.backward = backward;
+}
+
 }  // namespace
 }  // namespace fastgpt::cuda
+
+#ifdef FASTGPT_TWIN
+#define FASTGPT_SETTINGS fastgpt_twin_settings
+#else
+#define FASTGPT_SETTINGS fastgpt_settings
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTGPT_SETTINGS, m) {
+  m.def("hopper_passes(int width, bool forward, bool backward) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(FASTGPT_SETTINGS, CompositeExplicitAutograd, m) {
+  m.impl("hopper_passes", TORCH_BOX(&fastgpt::cuda::set_hopper_passes));
+}
 
 #ifdef FASTGPT_TWIN
 STABLE_TORCH_LIBRARY_IMPL(fastgpt_twin, CPU, m) {

@@ -3,7 +3,7 @@ none, and decides where they run without being asked for.
 
 Triton is the default on a chip until a stored measurement on it says that the CUDA kernels are
 faster. Without one they have not run there, and are not trusted unasked, not even where Triton is
-missing.
+missing. Of attention there are two generations of kernels: which one runs, hopper.py says.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from fastgpt import dispatch
-from fastgpt.backends import coverage, extensions, measured
+from fastgpt.backends import coverage, extensions, hopper, measured
 from fastgpt.backends.measured import Measurement
 from fastgpt.dispatch import NOT_IMPLEMENTED, Cell, lookup, register
 from fastgpt.ops.attention import AttentionCall
 from fastgpt.ops.cross_entropy import CrossEntropyCall
 
+ATTENTION = "scaled_dot_product_attention"
 MAX_HEAD_DIM = 256  # of attention: csrc/cuda/attention_launch.h
 OLDEST = (8, 0)  # the oldest capability that the extension has code for; what is newer runs its PTX
 
@@ -55,6 +56,11 @@ def unserved(device: torch.device) -> str:
     return "its compute capability, {}.{}, is older than {}.{}".format(*version, *OLDEST)
 
 
+def built_for_hopper() -> bool:
+    """Whether the extension has code that is tied to Hopper."""
+    return any("90a" in target for target in extensions.build_record().get("cuda_targets", ()))
+
+
 class _Rule(NamedTuple):
     """What the kernels of an op cover."""
 
@@ -76,8 +82,20 @@ def _covers_attention(call: AttentionCall) -> str:
 
 _RULES = {
     "cross_entropy": _Rule(lambda call: call.logits.device, _covers_cross_entropy),
-    "scaled_dot_product_attention": _Rule(lambda call: call.query.device, _covers_attention),
+    ATTENTION: _Rule(lambda call: call.query.device, _covers_attention),
 }
+
+
+def _is_plain(call: AttentionCall) -> bool:
+    """Whether a score is its product, and there is no dropout: as `is_plain` and `take_scale` in
+    csrc/cuda say.
+    """
+    least = 1e-30 if call.sinks is None else 1e-6
+    return (
+        not (call.softcap or call.dropout_p)
+        and call.alibi_slopes is None
+        and (call.scale is None or call.scale > least)
+    )
 
 
 def cell(reason: str, measurements: Sequence[Measurement], op: str = "cross_entropy") -> Cell:
@@ -121,9 +139,24 @@ def cell(reason: str, measurements: Sequence[Measurement], op: str = "cross_entr
         note = f"by fastgpt.backend('native'): it is not faster than Triton on {', '.join(known)}"
     else:
         note = "by fastgpt.backend('native'): it has never run on a GPU"
-    return Cell(op, "native", "cuda", reason, covers, bool(faster), note)
+    if op != ATTENTION:
+        return Cell(op, "native", "cuda", reason, covers, bool(faster), note)
+
+    built = built_for_hopper()
+    note += f"; {hopper.note(measurements, built)}"
+
+    def kernels(call: AttentionCall) -> str:
+        columns = call.query.shape[-1], call.value.shape[-1]
+        return hopper.explain(
+            measurements, built, _chip(call.query.device), *columns, _is_plain(call)
+        )
+
+    return Cell(op, "native", "cuda", reason, covers, bool(faster), note, kernels)
 
 
+_stored = measured.read()
+if extension is not None:
+    hopper.switch(hopper.chosen(_stored))
 for _op in _RULES:
-    register(cell(_reason, measured.read(), _op))
+    register(cell(_reason, _stored, _op))
 register(Cell("linear_cross_entropy", "native", "cuda", NOT_IMPLEMENTED))

@@ -1,5 +1,5 @@
 """On which GPUs the CUDA kernels are the default: where a stored measurement says that they are
-faster than Triton's.
+faster than Triton's. And of attention's, which generation: see hopper.py.
 
 The measurements are in measured.json, and none is a guess: an op that is not in it has never run on
 a GPU.
@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 
 class Measurement(NamedTuple):
-    """Forward and backward of an op on one GPU, by both backends in one run."""
+    """Two kinds of kernels on one GPU, in one run: CUDA's and Triton's, forward and backward; or of
+    CUDA's own those for Hopper and for Ampere, in one pass of attention.
+    """
 
-    op: str
+    op: str  # or `hopper.entry`
     chip: str  # its compute capability: "sm_90"
     gpu: str  # what it calls itself: "NVIDIA H200"
     date: str  # "2026-11-24"
     commit: str
-    ratio: float  # Triton's time / the CUDA kernel's, the median over the shapes
+    ratio: float  # Triton's time / CUDA's, or Ampere's / Hopper's; the median over the shapes
     shapes: Sequence[Any]
 
 

@@ -19,10 +19,12 @@ class Explanation(NamedTuple):
     device: str
     backend: str
     decisions: tuple[Decision, ...]
+    kernels: str = ""  # which of two generations of the backend's kernels, and why
 
     def __str__(self) -> str:
+        runs = f"{self.op} on {self.device} runs on {self.backend}"
         skipped = [f"\n  {d.backend}: {d.reason}" for d in self.decisions[:-1]]
-        return f"{self.op} on {self.device} runs on {self.backend}" + "".join(skipped)
+        return runs + (f", {self.kernels}" if self.kernels else "") + "".join(skipped)
 
 
 def explain(function: Any, /, *args: Any, **kwargs: Any) -> Explanation:
@@ -65,7 +67,9 @@ def explain(function: Any, /, *args: Any, **kwargs: Any) -> Explanation:
             f"a CrossEntropyLoss or a LinearCrossEntropyLoss, got {function!r}"
         )
     decisions = tuple(dispatch.choose(op, device, call))
-    return Explanation(op, device, decisions[-1].backend, decisions)
+    backend = decisions[-1].backend
+    kernels = dispatch.lookup(op, backend, device).kernels(call)
+    return Explanation(op, device, backend, decisions, kernels)
 
 
 def _linear_arguments(module: Any) -> dict[str, Any]:
