@@ -10,7 +10,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fastgpt import dispatch
 from fastgpt.backends.eager import attention as eager_attention
 from fastgpt.functional.autocast import autocast
-from fastgpt.ops.attention import AttentionCall, forward_of, four_dimensional, scores_shape
+from fastgpt.ops import attention_direct as direct
+from fastgpt.ops.attention import AttentionCall, four_dimensional, scores_shape
 from fastgpt.ops.attention_forms import UNLIMITED
 from fastgpt.ops.dropout import draw_seed
 
@@ -117,8 +118,7 @@ def scaled_dot_product_attention(
     if backend == "eager":
         return eager_attention.scaled_dot_product_attention(call, seed)
     inputs, options, output_shape = four_dimensional(call, seed)
-    run = forward_of(inputs, backend)
-    output, lse = run(*inputs, *options)[:2]
+    output, lse, *_ = direct.attention(inputs, options, backend)
     # Not a view of itself, which could not be changed in place.
     output = output if output.shape == output_shape else output.reshape(output_shape)
     if not return_lse:

@@ -25,7 +25,7 @@ from fastgpt.ops.attention_forms import (
     sum_to,
 )
 from fastgpt.ops.dropout import seeds_of
-from fastgpt.ops.raw import Launcher, accumulator_dtype, below_autograd, fold, transformed
+from fastgpt.ops.raw import Launcher, accumulator_dtype, fold
 
 # ---- the call ----
 
@@ -495,15 +495,3 @@ class Attention(Function):
 # See ops/cross_entropy.py.
 torch._dynamo.allow_in_graph(Attention)
 torch._dynamo.allow_in_graph(AttentionBackward)
-
-
-def forward_of(inputs: Inputs, backend: str) -> Any:
-    """What computes the outputs of `Attention` from its inputs and options: the raw operator, where
-    nothing can ask for a derivative. Function.apply takes longer than a step of decoding.
-    """
-    differentiable = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in inputs
-    )
-    if differentiable or transformed():
-        return lambda *arguments: Attention.apply(*arguments, backend)
-    return lambda *arguments: below_autograd(LAUNCHERS[backend].forward, *arguments)

@@ -123,7 +123,7 @@ class _Reduced(Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         logits, target, weight, statistics = ctx.saved_tensors
         *options, reduction = ctx.options
-        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+        if not (torch.is_grad_enabled() or transformed()):
             gradient = ctx.operator(
                 grad_loss, logits, target, weight, statistics, *options, reduction
             )
