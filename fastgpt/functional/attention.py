@@ -185,7 +185,7 @@ def check_attention(
         )
     scores = scores_shape(q, k, v, enable_gqa)
     if attn_mask is not None:
-        if torch.broadcast_shapes(scores, attn_mask.shape) != scores:
+        if not _broadcasts(attn_mask.shape, scores):
             raise RuntimeError(
                 f"{op}: expected attn_mask broadcastable to {list(scores)}, got "
                 f"{list(attn_mask.shape)} with {_text(q, k, v)}"
@@ -217,6 +217,11 @@ def check_attention(
         query, key, value, attn_mask, dropout_p, scale, enable_gqa,
         bottom_right, limits, softcap, alibi_slopes, sinks, return_lse, cu_seqlens, scores,
     )  # fmt: skip
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    missing = len(to) - len(shape)
+    return missing >= 0 and all(n == 1 or n == m for n, m in zip(shape, to[missing:], strict=True))
 
 
 def _text(query: torch.Size, key: torch.Size, value: torch.Size) -> str:

@@ -141,7 +141,17 @@ class _Reduced(Function):
 
 
 # torch's own apply, without what Function.apply does for transforms.
-_reduced = super(Function, _Reduced).apply
+_differentiable = super(Function, _Reduced).apply
+
+
+def _reduced(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    """The loss; by the operator itself where nothing requires a gradient."""
+    if torch.is_grad_enabled() and (
+        logits.requires_grad or (weight is not None and weight.requires_grad)
+    ):
+        return _differentiable(logits, target, weight, *options)
+    forward = OPERATORS[LAUNCHERS["native"].forward.namespace].forward
+    return launch(forward, logits, target, weight, *options)[0]
 
 
 def shortcut(logits: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor | None:
