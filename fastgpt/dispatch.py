@@ -144,5 +144,7 @@ def nested_forward_levels() -> int:
 
     A constant for the compiler: it traces each stack of transforms anew.
     """
-    stack = torch._C._functorch.get_interpreter_stack() or ()
+    stack = torch._C._functorch.get_interpreter_stack()
+    if stack is None:
+        return 0
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)

@@ -441,6 +441,38 @@ def test_forward_over_reverse_with_dual_numbers_is_wrong(backend):
     close(hessian_product(backend.attention), hessian_product(torchs))
 
 
+def test_a_backward_alone_loses_the_tangent_of_its_upstream_gradient(backend):
+    inputs = leaves(small())
+
+    def tangents(function):
+        output = function(*inputs)
+        with fwAD.dual_level():
+            upstream = fwAD.make_dual(random_like(output, 1), random_like(output, 2))
+            found = torch.autograd.grad(output, inputs, upstream)
+            return [fwAD.unpack_dual(x).tangent for x in found]
+
+    close(tangents(backend.attention), tangents(torchs))
+
+
+@pytest.mark.parametrize("options", [{}, {"attn_mask": one_query_empty()}], ids=["", "bool"])
+def test_without_gradients_a_transform_is_lost(backend, options):
+    """Such a call goes below autograd, unless a transform surrounds it."""
+    inputs, tangents = leaves(small()), tuple(random_like(x, 3) for x in small())
+
+    def found(function):
+        function = functools.partial(function, **options)
+        with torch.no_grad():
+            mapped = vmap(function)(*(torch.stack([x, 2 * x]) for x in inputs))
+            forward = jvp(function, inputs, tangents)
+            with fwAD.dual_level():
+                duals = [fwAD.make_dual(*pair) for pair in zip(inputs, tangents, strict=True)]
+                dual = fwAD.unpack_dual(function(*duals)).tangent
+            reverse = grad(lambda *x: function(*x).square().sum(), (0, 1, 2))(*inputs)
+        return mapped, *forward, dual, reverse
+
+    close(found(backend.attention), found(torchs))
+
+
 def test_batched_backward_is_wrong(backend):
     inputs = leaves(small())
     upstream = torch.eye(18, dtype=torch.float64).view(18, 1, 2, 3, 3)

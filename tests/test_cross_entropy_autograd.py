@@ -423,6 +423,20 @@ def test_forward_over_reverse_with_dual_numbers_is_wrong(backend):
     )
 
 
+def test_a_backward_alone_loses_the_tangent_of_its_upstream_gradient(backend):
+    logits, target = small()
+    x = logits.clone().requires_grad_()
+
+    def tangent(function, reduction):
+        loss = function(x, target, reduction=reduction)
+        with fwAD.dual_level():
+            upstream = fwAD.make_dual(random_like(loss, 1), random_like(loss, 2))
+            return fwAD.unpack_dual(torch.autograd.grad(loss, x, upstream)[0]).tangent
+
+    for reduction in ("none", "mean", "sum"):
+        close(tangent(backend.cross_entropy, reduction), tangent(F.cross_entropy, reduction))
+
+
 def test_batched_backward_is_wrong(backend):
     logits, target = small()
     x = logits.clone().requires_grad_()

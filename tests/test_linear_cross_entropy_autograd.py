@@ -578,6 +578,22 @@ def test_forward_over_reverse_with_dual_numbers_is_wrong(linear_one_isa):
     close(hessian_product(linear_one_isa.linear_cross_entropy), hessian_product(composition))
 
 
+def test_a_backward_alone_loses_the_tangent_of_its_upstream_gradient(linear_one_isa):
+    problem = small()
+    leaves = [x.clone().requires_grad_() for x in problem[:3]]
+
+    def tangents(function, reduction):
+        loss = of_tensors(function, problem, reduction=reduction)(*leaves)
+        with fwAD.dual_level():
+            upstream = fwAD.make_dual(random_like(loss, 1), random_like(loss, 2))
+            found = torch.autograd.grad(loss, leaves, upstream)
+            return [fwAD.unpack_dual(x).tangent for x in found]
+
+    for reduction in ("none", "mean"):
+        got = tangents(linear_one_isa.linear_cross_entropy, reduction)
+        close(got, tangents(composition, reduction))
+
+
 def test_batched_backward_is_wrong(linear_one_isa):
     problem = small()
     for reduction in ("none", "mean"):

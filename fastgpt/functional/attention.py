@@ -10,9 +10,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fastgpt import dispatch
 from fastgpt.backends.eager import attention as eager_attention
 from fastgpt.functional.autocast import autocast
-from fastgpt.ops.attention import AttentionCall, forward_of, four_dimensional, scores_shape
+from fastgpt.ops import attention_direct as direct
+from fastgpt.ops.attention import AttentionCall, four_dimensional, scores_shape
 from fastgpt.ops.attention_forms import UNLIMITED
 from fastgpt.ops.dropout import draw_seed
+
+_SCALES = float, int, torch.SymFloat, torch.SymInt, type(None)
 
 
 def scaled_dot_product_attention(
@@ -115,8 +118,7 @@ def scaled_dot_product_attention(
     if backend == "eager":
         return eager_attention.scaled_dot_product_attention(call, seed)
     inputs, options, output_shape = four_dimensional(call, seed)
-    run = forward_of(inputs, backend)
-    output, lse = run(*inputs, *options)[:2]
+    output, lse, *_ = direct.attention(inputs, options, backend)
     # Not a view of itself, which could not be changed in place.
     output = output if output.shape == output_shape else output.reshape(output_shape)
     if not return_lse:
@@ -149,49 +151,49 @@ def check_attention(
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, bool):
             raise TypeError(f"{op}: {name} must be a bool, got {flag!r}")
-    if not isinstance(scale, float | int | torch.SymFloat | torch.SymInt | None):
+    if not isinstance(scale, _SCALES):
         raise TypeError(f"{op}: scale must be a float, got {scale!r}")
     query, key, value, attn_mask = autocast(query.device.type, query, key, value, attn_mask)
-    shapes = f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
-    if min(query.dim(), key.dim(), value.dim()) < 2:
+    q, k, v = query.shape, key.shape, value.shape
+    dtype, device = query.dtype, query.device
+    if len(q) < 2 or len(k) < 2 or len(v) < 2:
         raise RuntimeError(
-            f"{op}: expected (..., L, D) for all of query, key and value, got {shapes}"
+            f"{op}: expected (..., L, D) for all of query, key and value, got {_text(q, k, v)}"
         )
-    if not query.dtype == key.dtype == value.dtype:
+    if not dtype == key.dtype == value.dtype:
         raise RuntimeError(
-            f"{op}: expected query, key and value of one type, got {query.dtype}, {key.dtype} and "
+            f"{op}: expected query, key and value of one type, got {dtype}, {key.dtype} and "
             f"{value.dtype}"
         )
     if not query.is_floating_point():
-        raise RuntimeError(f"{op}: expected a floating-point type, got {query.dtype}")
+        raise RuntimeError(f"{op}: expected a floating-point type, got {dtype}")
     for name, x in (("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if x is not None and x.device != query.device:
+        if x is not None and x.device != device:
             raise RuntimeError(
-                f"{op}: expected {name} on the device of query, {query.device}, got {x.device}"
+                f"{op}: expected {name} on the device of query, {device}, got {x.device}"
             )
-    if query.shape[-1] != key.shape[-1]:
-        raise RuntimeError(f"{op}: expected query and key of one head_dim, got {shapes}")
-    if key.shape[-2] != value.shape[-2]:
-        raise RuntimeError(f"{op}: expected as many keys as values, got {shapes}")
+    if q[-1] != k[-1]:
+        raise RuntimeError(f"{op}: expected query and key of one head_dim, got {_text(q, k, v)}")
+    if k[-2] != v[-2]:
+        raise RuntimeError(f"{op}: expected as many keys as values, got {_text(q, k, v)}")
     if enable_gqa and (
-        min(query.dim(), key.dim(), value.dim()) < 3
-        or any(x.shape[-3] == 0 or query.shape[-3] % x.shape[-3] != 0 for x in (key, value))
+        min(len(q), len(k), len(v)) < 3 or any(x[-3] == 0 or q[-3] % x[-3] != 0 for x in (k, v))
     ):
         raise RuntimeError(
             f"{op}: enable_gqa expects query heads that are a multiple of the key and value heads, "
-            f"got {shapes}"
+            f"got {_text(q, k, v)}"
         )
-    scores = scores_shape(query, key, value, enable_gqa)
-    if attn_mask is not None and torch.broadcast_shapes(scores, attn_mask.shape) != scores:
-        raise RuntimeError(
-            f"{op}: expected attn_mask broadcastable to {list(scores)}, got "
-            f"{list(attn_mask.shape)} with {shapes}"
-        )
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
-        raise RuntimeError(
-            f"{op}: expected attn_mask of type bool, {query.dtype} or float32, got "
-            f"{attn_mask.dtype}"
-        )
+    scores = scores_shape(q, k, v, enable_gqa)
+    if attn_mask is not None:
+        if not _broadcasts(attn_mask.shape, scores):
+            raise RuntimeError(
+                f"{op}: expected attn_mask broadcastable to {list(scores)}, got "
+                f"{list(attn_mask.shape)} with {_text(q, k, v)}"
+            )
+        if attn_mask.dtype not in (torch.bool, dtype, torch.float32):
+            raise RuntimeError(
+                f"{op}: expected attn_mask of type bool, {dtype} or float32, got {attn_mask.dtype}"
+            )
     if not 0 <= dropout_p <= 1:
         raise RuntimeError(f"{op}: expected a dropout_p between 0 and 1, got {dropout_p}")
     bottom_right, limits, softcap = False, (UNLIMITED, UNLIMITED), softcap or 0.0
@@ -215,6 +217,15 @@ def check_attention(
         query, key, value, attn_mask, dropout_p, scale, enable_gqa,
         bottom_right, limits, softcap, alibi_slopes, sinks, return_lse, cu_seqlens, scores,
     )  # fmt: skip
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    missing = len(to) - len(shape)
+    return missing >= 0 and all(n == 1 or n == m for n, m in zip(shape, to[missing:], strict=True))
+
+
+def _text(query: torch.Size, key: torch.Size, value: torch.Size) -> str:
+    return f"query {list(query)}, key {list(key)} and value {list(value)}"
 
 
 def _check_attention_extras(

@@ -25,7 +25,7 @@ from fastgpt.ops.attention_forms import (
     sum_to,
 )
 from fastgpt.ops.dropout import seeds_of
-from fastgpt.ops.raw import Launcher, accumulator_dtype, fold, transformed
+from fastgpt.ops.raw import Launcher, accumulator_dtype, fold
 
 # ---- the call ----
 
@@ -58,13 +58,15 @@ class FourDimensional(NamedTuple):
     output_shape: torch.Size
 
 
-def scores_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> torch.Size:
+def scores_shape(
+    query: torch.Size, key: torch.Size, value: torch.Size, enable_gqa: bool
+) -> torch.Size:
     """(..., Hq, L, S). Raises RuntimeError if the batch dimensions do not broadcast."""
     last = -3 if enable_gqa else -2
-    batch, *others = (x.shape[:last] for x in (query, key, value))
-    if any(x != batch for x in others):
+    batch, others = query[:last], (key[:last], value[:last])
+    if not batch == others[0] == others[1]:
         batch = torch.broadcast_shapes(batch, *others)
-    return torch.Size((*batch, *query.shape[last:-1], key.shape[-2]))
+    return torch.Size((*batch, *query[last:-1], key[-2]))
 
 
 def four_dimensional(call: AttentionCall, seed: Tensor | None) -> FourDimensional:
@@ -73,30 +75,15 @@ def four_dimensional(call: AttentionCall, seed: Tensor | None) -> FourDimensiona
     """
     q, k, v, mask = call[:4]
     scores = call.scores_shape
-    batch = scores[:-2]
-    work = accumulator_dtype(q.dtype)
-
-    def fold_batch(x: Tensor, heads: int | None) -> Tensor:
-        if x.dim() == 4 and x.shape[:2] == (*batch[:-1], heads):
-            return x
-        x = x.expand(*batch[:-1], heads, *x.shape[-2:]) if heads else x
-        return x.reshape(-1, *x.shape[-3:]) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
-
-    heads = [x.shape[-3] if call.enable_gqa else (batch[-1] if batch else None) for x in (q, k, v)]
+    L, S = scores[-2:]
+    last = -3 if call.enable_gqa else -2
+    # Most calls have the form already.
+    if len(scores) != 4 or not q.shape[:last] == k.shape[:last] == v.shape[:last]:
+        q, k, v = (_fold_batch(x, scores[:-2], call.enable_gqa) for x in (q, k, v))
     if mask is not None:
-        if mask.is_floating_point() and mask.dtype != q.dtype:
-            mask = _convert(mask, work)
-        mask = mask[(None,) * (max(len(scores), 4) - mask.dim())]
-        if mask.dim() > 4:
-            one = all(size == 1 for size in mask.shape[:-3])
-            mask = mask if one else mask.expand(*batch[:-1], *mask.shape[-3:])
-            mask = mask.reshape(-1, *mask.shape[-3:])
-    q, k, v = (fold_batch(x, n) for x, n in zip((q, k, v), heads, strict=True))
-    L, S = q.shape[2], k.shape[2]
-    slopes, sinks = (
-        None if x is None else x.to(work).reshape(-1, x.shape[-1])
-        for x in (call.alibi_slopes, call.sinks)
-    )
+        mask = _fold_mask(mask, q.dtype, scores)
+    slopes = None if call.alibi_slopes is None else _of_heads(call.alibi_slopes, q.dtype)
+    sinks = None if call.sinks is None else _of_heads(call.sinks, q.dtype)
     spans = None
     if call.cu_seqlens is not None:
         spans = document_spans(*call.cu_seqlens, L, S, call.window, call.bottom_right)
@@ -112,6 +99,33 @@ def four_dimensional(call: AttentionCall, seed: Tensor | None) -> FourDimensiona
         ),
         torch.Size((*scores[:-1], v.shape[-1])),
     )
+
+
+def _fold_batch(x: Tensor, batch: torch.Size, enable_gqa: bool) -> Tensor:
+    """(..., heads, N, columns) as (B, heads, N, columns); `batch`: of the scores, with heads."""
+    heads = x.shape[-3] if enable_gqa else (batch[-1] if batch else None)
+    if x.dim() == 4 and x.shape[:2] == (*batch[:-1], heads):
+        return x
+    x = x.expand(*batch[:-1], heads, *x.shape[-2:]) if heads else x
+    return x.reshape(-1, *x.shape[-3:]) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
+
+
+def _fold_mask(mask: Tensor, dtype: torch.dtype, scores: torch.Size) -> Tensor:
+    """A mask that broadcasts with (B, Hq, L, S)."""
+    if mask.is_floating_point() and mask.dtype != dtype:
+        mask = _convert(mask, accumulator_dtype(dtype))
+    missing = max(len(scores), 4) - mask.dim()
+    mask = mask[(None,) * missing] if missing else mask
+    if mask.dim() > 4:
+        one = all(size == 1 for size in mask.shape[:-3])
+        mask = mask if one else mask.expand(*scores[:-3], *mask.shape[-3:])
+        mask = mask.reshape(-1, *mask.shape[-3:])
+    return mask
+
+
+def _of_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A number for each head, (B or 1, Hq), in the accumulator type."""
+    return x.to(accumulator_dtype(dtype)).reshape(-1, x.shape[-1])
 
 
 def document_spans(
@@ -481,15 +495,3 @@ class Attention(Function):
 # See ops/cross_entropy.py.
 torch._dynamo.allow_in_graph(Attention)
 torch._dynamo.allow_in_graph(AttentionBackward)
-
-
-def forward_of(inputs: Inputs, backend: str) -> Any:
-    """What computes the outputs of `Attention` from its inputs and options: the raw operator, where
-    nothing can ask for a derivative. Function.apply takes longer than a step of decoding.
-    """
-    differentiable = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in inputs
-    )
-    if differentiable or transformed():
-        return lambda *arguments: Attention.apply(*arguments, backend)
-    return LAUNCHERS[backend].forward

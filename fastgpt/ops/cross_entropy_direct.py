@@ -123,7 +123,7 @@ class _Reduced(Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         logits, target, weight, statistics = ctx.saved_tensors
         *options, reduction = ctx.options
-        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+        if not (torch.is_grad_enabled() or transformed()):
             gradient = ctx.operator(
                 grad_loss, logits, target, weight, statistics, *options, reduction
             )
@@ -141,7 +141,17 @@ class _Reduced(Function):
 
 
 # torch's own apply, without what Function.apply does for transforms.
-_reduced = super(Function, _Reduced).apply
+_differentiable = super(Function, _Reduced).apply
+
+
+def _reduced(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    """The loss; by the operator itself where nothing requires a gradient."""
+    if torch.is_grad_enabled() and (
+        logits.requires_grad or (weight is not None and weight.requires_grad)
+    ):
+        return _differentiable(logits, target, weight, *options)
+    forward = OPERATORS[LAUNCHERS["native"].forward.namespace].forward
+    return launch(forward, logits, target, weight, *options)[0]
 
 
 def shortcut(logits: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from fastgpt.ops.cross_entropy import Options, launch
 from fastgpt.ops.linear_cross_entropy import LAUNCHERS, LinearCrossEntropyBackward, Problem
-from fastgpt.ops.raw import sum_rows
+from fastgpt.ops.raw import sum_rows, transformed
 
 # From loss and lse of each row to the reduced loss.
 Reduction = Callable[[Tensor, Tensor], Tensor]
@@ -64,7 +64,8 @@ class _Formed(Function):
             return None, None, None, *nothing
         problem = Problem(*ctx.saved_tensors)
         differentiable = torch.is_grad_enabled()
-        if grad is None or grad_lse is not None or differentiable or not _is_plain(grad):
+        general = differentiable or transformed() or grad_lse is not None
+        if general or grad is None or not _is_plain(grad):
             return *_by_the_general_way(ctx, problem, grad, grad_lse, differentiable), *nothing
         # To look at a number on a GPU would wait for it, and a fake tensor has none.
         factor = grad.item() if type(grad) is Tensor and grad.is_cpu else None

@@ -58,6 +58,14 @@ def transformed() -> bool:
     )
 
 
+def below_autograd(operator: Any, *arguments: Any) -> Any:
+    """What a raw operator returns where nothing is to be differentiated: its derivatives, which
+    `register_autograd` keeps in Python, are not asked.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 def sum_rows(rows: Tensor) -> Tensor:
     """The sum of all numbers, with the same bits for any number of threads.
 
