@@ -75,13 +75,6 @@ class Backend:
         """Whether its kernels are those of csrc/cuda."""
         return self.twin or self.label == "cuda"
 
-    @property
-    def goes_by_layout(self) -> bool:
-        """Whether its attention has other kernels, and bits, for what is no box: rows that repeat
-        or are not aligned.
-        """
-        return self.hopper or self.label == "cuda"
-
     def columns(self, n: int) -> int:
         """So many of a head, or the next number of them that Hopper's kernels take."""
         return -(-n // 8) * 8 if self.hopper else n
