@@ -44,10 +44,16 @@ class Backend:
     """A backend under test. Its functions assert that this backend is what runs the call."""
 
     def __init__(
-        self, name: str, isa: str | None = None, device: str | None = None, twin: bool = False
+        self,
+        name: str,
+        isa: str | None = None,
+        device: str | None = None,
+        twin: bool = False,
+        hopper: bool = False,
     ):
         self.name, self.isa = name, isa
         self.twin = twin  # whether the native kernels are those of CUDA, on the host
+        self.hopper = hopper  # and those of attention the ones for GPUs of 9.0a
         self.interpreted = name == "triton" and interpreter.ON
         on_gpu = name == "triton" and not interpreter.ON
         self.device = device or ("cuda" if on_gpu else "cpu")
@@ -57,15 +63,21 @@ class Backend:
 
     @property
     def label(self) -> str:
-        """Its name; the native kernels of a GPU are "cuda", and in their host twin "twin"."""
+        """Its name; the native kernels of a GPU are "cuda", and in their host twin "twin", or
+        "twin-hopper".
+        """
         if self.twin:
-            return "twin"
+            return "twin-hopper" if self.hopper else "twin"
         return "cuda" if self.name == "native" and self.device == "cuda" else self.name
 
     @property
     def is_cuda(self) -> bool:
         """Whether its kernels are those of csrc/cuda."""
-        return self.label in ("twin", "cuda")
+        return self.twin or self.label == "cuda"
+
+    def columns(self, n: int) -> int:
+        """So many of a head, or the next number of them that Hopper's kernels take."""
+        return -(-n // 8) * 8 if self.hopper else n
 
     def reason(self) -> str:
         """Why it can't run here; empty where it can."""
@@ -134,6 +146,7 @@ EAGER = Backend("eager")
 NATIVE = [Backend("native", isa) for isa in native.isas()] or [Backend("native")]
 TRITON = Backend("triton")
 TWIN = Backend("native", twin=True)  # of tests that are marked so
+HOPPER = Backend("native", twin=True, hopper=True)  # of those of attention among them
 
 
 def on_cuda() -> list[Backend]:
@@ -169,11 +182,15 @@ def activate(backend: Backend) -> Iterator[Backend]:
     if backend.twin:
         cross_entropy.LAUNCHERS["native"] = twin.launcher()
         attention.LAUNCHERS["native"] = twin.attention_launcher()
+    if backend.hopper:
+        torch.ops.fastgpt_twin_settings.hopper(True)
     try:
         with fastgpt.backend(backend.name):
             yield backend
     finally:
         cross_entropy.LAUNCHERS["native"] = NATIVE_LAUNCHER
         attention.LAUNCHERS["native"] = NATIVE_ATTENTION
+        if backend.hopper:
+            torch.ops.fastgpt_twin_settings.hopper(False)
         if backend.isa:
             native.extension.set_isa(previous)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <random>
+#include <string>
 #include <vector>
 
 namespace fastgpt::cuda {
@@ -22,6 +23,11 @@ struct Matrix16 {
     return {memory.data(), 0, 0, width, true};
   }
 };
+
+template <class T>
+std::string bytes_of(const std::vector<T>& x) {
+  return {reinterpret_cast<const char*>(x.data()), x.size() * sizeof(T)};
+}
 
 // One head of one sequence, without a mask.
 inline void attend(Attention& a, Matrix16& query, Matrix16& key, Matrix16& value, int queries,

@@ -154,6 +154,7 @@ def assert_error_within_twice_torchs(backend, problem, dtype):
     """Beyond twice torch's own error on the same inputs, half an ulp: the one rounding of an output
     that torch happened to round well.
     """
+    problem = problem._replace(D=backend.columns(problem.D), Dv=backend.columns(problem.Dv))
     problems, torchs = solve(problem, dtype)
     options = {"is_causal": problem.is_causal, "scale": problem.scale}
     ours = worst_errors(backend.attention, problems, options)
@@ -232,7 +233,7 @@ def test_a_scale_loses_accuracy(backend, scale, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_scale_of_zero_does_not_average(backend, is_causal, dtype):
-    inputs = random_qkv(L=50, S=70, D=9, dtype=dtype)
+    inputs = random_qkv(L=50, S=70, D=backend.columns(9), dtype=dtype)
     _, grad_query, grad_key, _ = assert_exact(backend, inputs, scale=0.0, is_causal=is_causal)
     assert not grad_query.any()
     assert not grad_key.any()
@@ -633,15 +634,16 @@ def test_a_strided_view_gives_other_bits_than_its_copy(backend, view, dtype):
 @pytest.mark.cuda_on_host(dtype=REDUCED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_of_the_upstream_gradient_are_not_followed(backend, dtype):
-    inputs = random_qkv(B, H, H, L, S, D, 20, dtype=dtype)
+    n = backend.columns(20)
+    inputs = random_qkv(B, H, H, L, S, D, n, dtype=dtype)
     new = functools.partial(torch.empty, dtype=dtype)
     for upstream in (
-        random_like(new(B, L, H, 20)).transpose(1, 2),
-        random_like(new(B, H, 20, L)).transpose(2, 3),
-        random_like(new(B, H, L, 41))[..., 1:41:2],
-        random_like(new(B, H, L, 1)).expand(B, H, L, 20),
-        random_like(new(())).expand(B, H, L, 20),  # as a sum's
-        random_like(new(B * H * L * 20 + 1))[1:].view(B, H, L, 20),
+        random_like(new(B, L, H, n)).transpose(1, 2),
+        random_like(new(B, H, n, L)).transpose(2, 3),
+        random_like(new(B, H, L, 2 * n + 1))[..., 1 : 2 * n + 1 : 2],
+        random_like(new(B, H, L, 1)).expand(B, H, L, n),
+        random_like(new(())).expand(B, H, L, n),  # as a sum's
+        random_like(new(B * H * L * n + 1))[1:].view(B, H, L, n),
     ):
         got, want = (
             attention_gradients(backend.attention, inputs, x, is_causal=True)
@@ -681,7 +683,7 @@ def test_one_tensor_in_three_roles_loses_a_gradient(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_cannot_be_viewed_as_positions_by_features(kernel, dtype):
     """Output and gradients lie as (B, L, H, D), so that joining the heads copies nothing."""
-    inputs = random_qkv(2, 6, 3, 7, 9, 5, 4, dtype=dtype)
+    inputs = random_qkv(2, 6, 3, 7, 9, kernel.columns(5), kernel.columns(4), dtype=dtype)
     upstream = upstream_for(inputs[0], inputs[2])
     for name, tensor in zip(TENSORS, launch(kernel, *inputs, upstream), strict=True):
         assert tensor.transpose(1, 2).is_contiguous(), name
@@ -692,14 +694,15 @@ def test_the_result_cannot_be_viewed_as_positions_by_features(kernel, dtype):
 @pytest.mark.parametrize("n", [1, 5, 33, 97])
 def test_the_kernel_reads_beyond_its_tensors(kernel, n, dtype):
     """Inputs in the middle of NaN, or of large numbers, as slices of larger tensors."""
-    clean = random_qkv(L=n, S=n + 4, D=9, Dv=7, dtype=dtype, **few_heads(kernel))
+    D, Dv, at = kernel.columns(9), kernel.columns(7), kernel.columns(17)
+    clean = random_qkv(L=n, S=n + 4, D=D, Dv=Dv, dtype=dtype, **few_heads(kernel))
     upstream = upstream_for(clean[0], clean[2])
     want = attention_gradients(kernel.attention, clean, upstream, is_causal=True)
     for fill in (NAN, 1e4):
         surrounded = []
         for x in (*clean, upstream):
             larger = torch.full([m + 40 for m in x.shape], fill, dtype=dtype)
-            inside = tuple(slice(17, 17 + m) for m in x.shape)
+            inside = tuple(slice(at, at + m) for m in x.shape)
             larger[inside] = x
             surrounded.append(larger[inside])
         got = attention_gradients(kernel.attention, surrounded[:3], surrounded[3], is_causal=True)

@@ -171,14 +171,15 @@ def test_an_option_is_wrong_at_the_remainder_of_a_tile(backend, name, dtype):
     for step in range(count):
         L, S = LENGTHS[(start + 5 * step) % len(LENGTHS)]
         heads = tuple(heads_for(backend).values())
-        inputs, options, truth = problem(backend.device, name, heads, L, S, dtype)
+        columns = backend.columns(20), backend.columns(12)
+        inputs, options, truth = problem(backend.device, name, heads, L, S, columns, dtype)
         assert_exact(backend, inputs, truth=truth, **options)
 
 
 @functools.cache
-def problem(device, name, heads, L, S, dtype):
+def problem(device, name, heads, L, S, columns, dtype):
     """Inputs, options and truth, once for all instruction sets."""
-    inputs = random_qkv(*heads, L, S, 20, 12, dtype=dtype)
+    inputs = random_qkv(*heads, L, S, *columns, dtype=dtype)
     options = CASES[name](sizes_of(inputs))
     return inputs, options, truth_of(device, inputs, **options)
 
@@ -210,7 +211,7 @@ def reordered(query, key, value, *, attn_mask):
 
 
 @functools.cache
-def torchs_errors(name, kind, n, dtype, seeds):
+def torchs_errors(name, kind, n, D, dtype, seeds):
     """Of torch in two orders of summation, since in one of them it may be lucky; with the inputs
     and their truth, for each seed.
     """
@@ -218,7 +219,7 @@ def torchs_errors(name, kind, n, dtype, seeds):
     problems, errors = [], []
     for seed in range(seeds):
         inputs = random_qkv(
-            n.B, n.Hq, n.Hq, n.L, n.S, 20, 20, dtype=dtype, size=size, offset=offset, seed=seed
+            n.B, n.Hq, n.Hq, n.L, n.S, D, D, dtype=dtype, size=size, offset=offset, seed=seed
         )
         options = CASES[name](n)
         upstream = upstream_for(inputs[0], inputs[2], seed + 100)
@@ -249,7 +250,7 @@ def test_the_error_exceeds_that_of_torch_with_a_mask(backend, name, kind, dtype)
     that torch happened to round well.
     """
     n = Sizes(1, 2, 40, 40, dtype) if backend.interpreted else Sizes(2, 2, 66, 66, dtype)
-    problems, allowed = torchs_errors(name, kind, n, dtype, 3)
+    problems, allowed = torchs_errors(name, kind, n, backend.columns(20), dtype, 3)
     for inputs, options, upstream, truth in problems:
         got = attention_results(backend.attention, inputs, upstream, learn=(), **options)
         for key, ours in got.items():

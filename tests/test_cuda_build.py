@@ -294,36 +294,49 @@ def test_hoppers_products_are_serialised_or_its_registers_do_not_add_up(built):
         for kernel in built.kernels
         if kernel.architecture == "sm_90a" and "_hopper" in kernel.name
     ]
-    assert len(kernels) == 20  # two types, five widths, with options and without
+    # Of two types. The forward, the pass over the queries and that over the keys at five widths,
+    # with options and without; but in the backward of 256 none with options, and two over the keys.
+    assert len(kernels) == 2 * (3 * 5 * 2 - 2 + 1)
     for kernel in kernels:
         assert kernel.threads == 384
         # What a thread has until its warpgroup gives or takes: all of a multiprocessor's.
         assert kernel.used.registers == 65536 // 384 // 8 * 8
     ptx = "".join(path.read_text() for path in built.folder.glob("kept/*.ptx"))
-    given = {int(n) for n in re.findall(r"setmaxnreg\.dec\.sync\.aligned\.u32 (\d+)", ptx)}
-    taken = {int(n) for n in re.findall(r"setmaxnreg\.inc\.sync\.aligned\.u32 (\d+)", ptx)}
-    assert (given, taken) == ({24}, {240})  # attention_hopper_forward.cuh
-    assert 128 * 24 + 256 * 240 <= 65536
+    pairs = {}
+    for entry in ptx.split(".entry ")[1:]:
+        name = entry.split("(", 1)[0]
+        if "_hopper" in name and "setmaxnreg" in entry:
+            found = re.findall(r"setmaxnreg\.(dec|inc)\.sync\.aligned\.u32 (\d+)", entry)
+            pairs[name] = {what: int(n) for what, n in found}
+            assert len(found) == 2, name
+    assert set(pairs) == {kernel.name for kernel in kernels}
+    for name, pair in pairs.items():
+        over_keys = "attention_key_gradient" in name
+        assert pair == ({"dec": 40, "inc": 232} if over_keys else {"dec": 24, "inc": 240}), name
+        # What the block was launched with: a warpgroup would wait for more without an end.
+        assert 128 * pair["dec"] + 256 * pair["inc"] <= 384 * 168, name
 
 
-def overlapped(sass: str) -> list[int]:
-    """Of each of Hopper's forward kernels, the exponentials between the wait for a product of keys
-    and that for the product of values which is under way.
+def overlapped(sass: str, kernel: str) -> list[int]:
+    """Of each of Hopper's kernels of a name that waits for a product while another is under way,
+    the exponentials between that wait and the next.
     """
     found = []
     for code in sass.split("Function : ")[1:]:
-        if "attention_forward_hopper" in code.split("\n", 1)[0]:
-            _, after = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code)
-            found.append(after.split("WARPGROUP.DEPBAR")[0].count("MUFU.EX2"))
+        parts = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code)
+        if f"{kernel}_hopper" in code.split("\n", 1)[0] and len(parts) > 1:
+            assert len(parts) == 2
+            found.append(parts[1].split("WARPGROUP.DEPBAR")[0].count("MUFU.EX2"))
     return found
 
 
 @pytest.mark.slow
 def test_hoppers_tensor_cores_idle_under_a_softmax(built):
-    """A thread has one for each two keys of a tile, and two of the maxima; ptxas once put them
-    behind the wait.
+    """A thread has one exponential for each two keys of a tile, and in the forward two of the
+    maxima; in the pass over the keys, for each two queries. ptxas once put them behind the wait.
+    In the backward those of plain calls only.
     """
-    keys = {64: 128, 80: 128, 96: 128, 128: 128, 256: 80}  # by width
+    keys = {64: 128, 80: 128, 96: 128, 128: 128, 256: 80}  # by width, in the forward
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     for dtype, width in itertools.product(("bfloat16", "float16"), keys):
         path = built.folder / "csrc" / "cuda" / f"attention_{dtype}_{width}.cu.o"
@@ -331,9 +344,11 @@ def test_hoppers_tensor_cores_idle_under_a_softmax(built):
             [disassembler, "-arch", "sm_90a", "-sass", path],
             check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        counts = overlapped(sass)
+        counts = overlapped(sass, "attention_forward")
         assert len(counts) == 2, path
         assert min(counts) >= keys[width] // 2 + 2, (path, counts)
+        assert overlapped(sass, "attention_query_gradient") == [64 if width <= 128 else 32], path
+        assert overlapped(sass, "attention_key_gradient") == [32], path
 
 
 @pytest.mark.slow
