@@ -10,7 +10,7 @@ import pytest
 import torch
 import twin
 from attention_cases import Sizes, boundaries, kept, sinks, slopes
-from backends import TWIN, activate
+from backends import HOPPER, TWIN, activate
 from oracle import (
     REDUCED_DTYPES,
     attention_results,
@@ -35,11 +35,8 @@ def on_ampere():
 
 @pytest.fixture(params=["ampere", "hopper"])
 def on_twin(request):
-    """The kernels of both generations; Hopper has only a forward."""
-    twin.load()
-    torch.ops.fastgpt_twin_settings.hopper(request.param == "hopper")
-    yield from activate(TWIN)
-    torch.ops.fastgpt_twin_settings.hopper(False)
+    """The kernels of both generations."""
+    yield from activate(HOPPER if request.param == "hopper" else TWIN)
 
 
 def results(backend, inputs, **options):
