@@ -327,7 +327,6 @@ def not_needed(kernel: str) -> set[tuple[str, int]]:
     found |= {("arrival", n) for n in (8, 9, 10, 11)}
     # And that of either for the tiles of the first run, whose stages are empty since the vote.
     found |= {("empty", n) for n in (2, 3, 4, 5, 7)}
-    found.add(("block_barrier", 2))  # "before the next votes": there are none
     if over_keys:
         found |= {("tellers_empty", n) for n in (1, 2)}
         # The named barriers behind what is known of the queries say as much.
@@ -363,7 +362,7 @@ def test_a_missing_wait_fence_or_arrival_goes_unnoticed(tmp_path):
         "tellers_empty": 2,
     }  # fmt: skip
     careful = {
-        "block_barrier": 2, "copiers_warp_barrier": 1, "named_barrier": 7, "fence_asynchronous": 3,
+        "block_barrier": 1, "copiers_warp_barrier": 1, "named_barrier": 7, "fence_asynchronous": 3,
         "warpgroup_fence": 9, "warpgroup_wait": 9, "full": 6, "empty": 6, "arrival": 6,
     }  # fmt: skip
     assert counts == {

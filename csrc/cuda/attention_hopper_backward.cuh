@@ -172,7 +172,6 @@ attention_query_gradient_hopper(const AttentionBackward a,
       step += tiles;
       warp_barrier();
       if (!a.hides || careful || !any_of_warpgroups(false, votes)) break;
-      block_barrier();  // before the next votes
     }
     return;
   }
@@ -231,7 +230,6 @@ attention_query_gradient_hopper(const AttentionBackward a,
     bool spread = false;
     for_each(acc, [&](float& x, int, int, int) { spread |= !is_finite(x); });
     if (!any_of_warpgroups(spread, votes)) break;
-    block_barrier();
   }
 
   T* const result = head_of<T>(a.grad_query, batch, head);
@@ -329,7 +327,6 @@ attention_key_gradient_hopper(const AttentionBackward a,
       step += all.left;
       warp_barrier();
       if (!a.hides || careful || !any_of_warpgroups(false, votes)) break;
-      block_barrier();  // before the next votes
     }
     return;
   }
@@ -394,7 +391,6 @@ attention_key_gradient_hopper(const AttentionBackward a,
     for_each(grad_k, [&](float& x, int, int, int) { spread |= !is_finite(x); });
     for_each(grad_v, [&](float& x, int, int, int) { spread |= !is_finite(x); });
     if (!any_of_warpgroups(spread, votes)) break;
-    block_barrier();
   }
 
   if constexpr (of_keys) {

@@ -154,7 +154,6 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT F
       step += tiles;
       warp_barrier();
       if (!a.hides || careful || !any_of_warpgroups(false, votes)) break;
-      block_barrier();  // before the next votes
     }
     return;
   }
@@ -224,7 +223,6 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT F
     bool spread = false;
     for_each(rows.o, [&](float& x, int, int, int) { spread |= !is_finite(x); });
     if (!any_of_warpgroups(spread, votes)) break;
-    block_barrier();
   }
 
   store_rows<T>(a, batch, head, first + warp_row, rows.o[0], rows.top, rows.sum);

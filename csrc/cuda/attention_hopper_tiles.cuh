@@ -73,7 +73,7 @@ struct TileStream {
   }
 };
 
-// Whether any thread of the block says yes.
+// Whether any thread of the block says yes. `votes` has an element for each warp, and is used once.
 FASTGPT_DEVICE bool any_of_warpgroups(bool x, const Shared<int>& votes) {
   x = any(x);
   if (lane_index() == 0) votes.store(warp_index(), x);
