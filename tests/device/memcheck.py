@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fastgpt
+from fastgpt.backends import cuda, hopper
 
 BACKENDS = ("triton", "native")
 EVERYTHING = {"label_smoothing": 0.1, "softcap": 5.0, "z_loss": 1e-2}
@@ -52,18 +53,32 @@ def other_kernels(backend: str, device: str) -> None:
             loss(backend, x, q, **EVERYTHING)
 
 
-def attention(device: str) -> None:
-    mask = torch.rand(67, 67, device=device) < 0.8
-    for dtype, D, options in (
-        (torch.float16, 40, {"attn_mask": mask}),
-        (torch.bfloat16, 64, {"is_causal": True}),
-    ):
-        q, k, v = (
-            torch.randn(2, heads, 67, D, device=device, dtype=dtype, requires_grad=True)
-            for heads in (4, 2, 2)
-        )
-        y = fastgpt.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
-        torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+def attention(backend: str, device: str) -> None:
+    """Of CUDA's, which take no mask, the kernels of both generations, of every kind of width."""
+    if backend == "triton":
+        mask = torch.rand(150, 150, device=device) < 0.8
+        attend(backend, device, torch.float16, 40, attn_mask=mask)
+        attend(backend, device, torch.bfloat16, 64, is_causal=True)
+        return
+    for on in (hopper.ALL, hopper.NONE) if cuda.extension else (None,):
+        if on is not None:
+            hopper.switch(on)
+        for width in hopper.WIDTHS:
+            attend(backend, device, torch.bfloat16, width, is_causal=True)
+            attend(backend, device, torch.float16, width - 8, softcap=9.0, dropout_p=0.1)
+
+
+def attend(backend: str, device: str, dtype: torch.dtype, columns: int, **options: Any) -> None:
+    """Forward and backward of more than a block of queries, on this backend and no other."""
+    q, k, v = (
+        torch.randn(1, heads, 150, columns, device=device, dtype=dtype, requires_grad=True)
+        for heads in (2, 1, 1)
+    )
+    function = fastgpt.scaled_dot_product_attention
+    explanation = fastgpt.explain(function, q, k, v, enable_gqa=True, **options)
+    assert explanation.backend == backend, str(explanation)
+    y = function(q, k, v, enable_gqa=True, **options)
+    torch.autograd.grad(y, (q, k, v), torch.randn_like(y))
 
 
 def main(device: str = "cuda", backends: Sequence[str] = BACKENDS) -> None:
@@ -73,8 +88,7 @@ def main(device: str = "cuda", backends: Sequence[str] = BACKENDS) -> None:
             rows(backend, device)
             if backend == "native":
                 other_kernels(backend, device)
-            else:
-                attention(device)
+            attention(backend, device)
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"the kernels of {' and '.join(backends)} ran")
