@@ -67,7 +67,7 @@ def move(name, divisible, kernel=copy):
 
 GOOD = multiply("good", 64, 64, 32, 4)
 BROKEN = (
-    multiply("spills", 128, 256, 16, 1),
+    multiply("spills", 128, 128, 16, 1),
     multiply("too large", 64, 64, 512, 4, num_stages=3),
     move("no vectors", ("a", "out")),
     move("untranslatable", (), untranslatable),

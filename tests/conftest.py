@@ -1,5 +1,6 @@
 """Fixtures that every test of the kernels uses: the backend under test, and poisoned memory."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -69,6 +70,16 @@ def linear_one_isa(request) -> Iterator[Backend]:
 def best_native() -> Iterator[Backend]:
     """The native backend on its best instruction set."""
     yield from activate(NATIVE[-1])
+
+
+def pytest_collection(session):
+    """Let the garbage collector pass over the tests, which stay, and are tens of thousands."""
+    gc.disable()
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

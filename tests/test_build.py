@@ -211,7 +211,7 @@ def plain(new_environment):
     """The plain real thing: an empty environment, the newest pip, and one command."""
     environment = new_environment()
     environment.pip_install("--upgrade", "pip")
-    environment.pip_install("-e", environment.tree, CXXFLAGS="")
+    environment.pip_install("-e", environment.tree)
     return environment
 
 

@@ -440,7 +440,7 @@ def test_bits_depend_on_the_number_of_threads(native_backend, reduction, kind, d
         target = random_probabilities(logits)
     options = {"reduction": reduction, "weight": random_weight(33, dtype), **KINDS[kind]}
     results = []
-    for count in (1, 2, 3):
+    for count in (1, 3) if native_backend.twin else (1, 2, 3):  # the twin has a single one
         torch.set_num_threads(count)
         leaf = logits.detach().requires_grad_()
         outputs = native_backend.cross_entropy(leaf, target, **options)
