@@ -264,6 +264,11 @@ DEVICE_TESTS = (
         quick="test_an_output_or_gradient and bfloat16 and not 80",
     ),
     TestFile(
+        "tests/device/test_device_cuda_attention.py",
+        2,
+        quick="exact and causal and (64 or 128) and bfloat16 or do_not_run",
+    ),
+    TestFile(
         "tests/device/test_device_cross_entropy.py",
         5,
         quick="test_a_loss_or_gradient and (1000 or 50257) and (bfloat16 or float32)",

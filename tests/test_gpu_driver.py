@@ -367,6 +367,7 @@ def test_device_tests_vanish_silently_or_can_not_be_imported():
             "strides or ignored or (smoothing and 130) or (exact and 1025) or in_place",
         ),
         ("attention", "group or hidden or (exact and bfloat16 and 80) or (mask and bool)"),
+        ("cuda_attention", "bfloat16 and (64 or 33) or layout or view"),
         ("execution", "eager"),
         ("large", "wrong"),
     ],
