@@ -152,8 +152,6 @@ attention_query_gradient_hopper(const AttentionBackward a,
     queries.put_place(a, batch, head, thread_index(), first + thread_index());
   block_barrier();
 
-  // Twice if a sum is not finite and that may come from a hidden key.
-  int step = 0;
   if (warp_index() < 4) {
     give_registers<24>();
     if (warp_index() == 0 && elect_one() && tiles > 0) {
@@ -161,18 +159,8 @@ attention_query_gradient_hopper(const AttentionBackward a,
       copy_rows<Query>(q, 0, maps.query, queries_full, 0, first, head, batch);
       copy_rows<Query>(g, 0, maps.grad_output, queries_full, 0, first, head, batch);
     }
-    for (bool careful = false;; careful = true) {
-      if (warp_index() == 0 && elect_one()) {
-        FASTGPT_ROLLED for (int t = 0; t < tiles; ++t) {
-          const int start = range.begin + t * Tiles::keys;
-          keys.fill(maps.key, step + t, start, head / a.group, batch);
-          values.fill(maps.value, step + t, start, head / a.group, batch);
-        }
-      }
-      step += tiles;
-      warp_barrier();
-      if (!a.hides || careful || !any_of_warpgroups(false, votes)) break;
-    }
+    copy_keys(a, keys, maps.key, values, maps.value, range.begin, tiles, head / a.group, batch,
+              votes);
     return;
   }
 
@@ -186,6 +174,8 @@ attention_query_gradient_hopper(const AttentionBackward a,
   float s[1][n_tiles][4], dp[1][n_tiles][4], acc[1][width / 8][4];
   uint32_t ds[n_tiles / 2][4];
   if (tiles > 0) queries_full.wait(0, 0);
+  int step = 0;
+  // Twice if a sum is not finite and that may come from a hidden key.
   bool careful = false;
   for (;; careful = true) {
     for_each(acc, [](float& x, int, int, int) { x = 0; });
@@ -279,7 +269,7 @@ attention_key_gradient_hopper(const AttentionBackward a,
   const QueryRange range(a, first, smaller(first + Tiles::rows, a.keys) - 1);
   const QueryTiles all(range, size, key_head * a.group, a.group);
 
-  constexpr int kTellers = 2;  // warps, with a thread for each query of a tile
+  constexpr int kTellers = size / kWarp;  // warps, with a thread for each query of a tile
   if (thread_index() == 0) {
     keys_full.init(0, 1);
     queries.init(1 + kTellers);

@@ -135,26 +135,14 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT F
     queries.put_place(a, batch, head, thread_index(), first + thread_index());
   block_barrier();
 
-  // Twice if a sum is not finite and that may come from a hidden value.
-  int step = 0;
   if (warp_index() < 4) {
     give_registers<24>();
     if (warp_index() == 0 && elect_one() && tiles > 0) {
       q_full.arrive_expecting(0, Query::bytes);
       copy_rows<Query>(q, 0, maps.query, q_full, 0, first, head, batch);
     }
-    for (bool careful = false;; careful = true) {
-      if (warp_index() == 0 && elect_one()) {
-        FASTGPT_ROLLED for (int t = 0; t < tiles; ++t) {
-          const int start = range.begin + t * Tiles::keys;
-          keys.fill(maps.key, step + t, start, head / a.group, batch);
-          values.fill(maps.value, step + t, start, head / a.group, batch);
-        }
-      }
-      step += tiles;
-      warp_barrier();
-      if (!a.hides || careful || !any_of_warpgroups(false, votes)) break;
-    }
+    copy_keys(a, keys, maps.key, values, maps.value, range.begin, tiles, head / a.group, batch,
+              votes);
     return;
   }
 
@@ -165,6 +153,8 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT F
   const float sink = sink_of(a, batch, head);
   Rows<T, width, plain> rows;
   if (tiles > 0) q_full.wait(0, 0);
+  int step = 0;
+  // Twice if a sum is not finite and that may come from a hidden value.
   bool careful = false;
   for (;; careful = true) {
     for_each(rows.o, [](float& x, int, int, int) { x = 0; });

@@ -83,6 +83,27 @@ FASTGPT_DEVICE bool any_of_warpgroups(bool x, const Shared<int>& votes) {
   return found;
 }
 
+// By the warpgroup that copies: the tiles of a head's keys from `begin` on and of its values, all
+// of them again if the others vote for it.
+template <class T, class Tile, int stages>
+FASTGPT_DEVICE void copy_keys(const Attention& a, const TileStream<T, Tile, stages>& keys,
+                              const TensorMap& key, const TileStream<T, Tile, stages>& values,
+                              const TensorMap& value, int begin, int tiles, int head, int batch,
+                              const Shared<int>& votes) {
+  int step = 0;
+  for (bool careful = false;; careful = true) {
+    if (warp_index() == 0 && elect_one()) {
+      FASTGPT_ROLLED for (int t = 0; t < tiles; ++t) {
+        keys.fill(key, step + t, begin + t * Tile::rows, head, batch);
+        values.fill(value, step + t, begin + t * Tile::rows, head, batch);
+      }
+    }
+    step += tiles;
+    warp_barrier();
+    if (!a.hides || careful || !any_of_warpgroups(false, votes)) return;
+  }
+}
+
 // Puts 0 in the place of what is not finite in a tile, by all threads that multiply. They meet
 // before, if any of them may still read it, and have to meet after.
 template <class Tile, class T>

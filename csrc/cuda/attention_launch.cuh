@@ -50,8 +50,8 @@ bool forward_in_boxes(const AttentionForward& a) {
 }
 
 template <class T, int width>
-void launch_attention_forward(const AttentionForward& a, void* stream) {
-  if (forward_in_boxes<T, width>(a)) {
+void launch_attention_forward(const AttentionForward& a, bool in_boxes, void* stream) {
+  if (in_boxes) {
     const int64_t groups = int64_t(a.batch) * a.heads;
     const int section = a.group * section_of(groups, a.keys, a);
     launch_attention_forward_hopper<T, width>(a, section, stream);
@@ -68,8 +68,8 @@ bool backward_in_boxes(const AttentionBackward& a) {
 }
 
 template <class T, int width>
-void launch_attention_backward(const AttentionBackward& a, void* stream) {
-  if (backward_in_boxes<T, width>(a)) {
+void launch_attention_backward(const AttentionBackward& a, bool in_boxes, void* stream) {
+  if (in_boxes) {
     const int64_t groups = int64_t(a.batch) * a.heads;
     launch_attention_backward_hopper<T, width>(a, a.group * section_of(groups, a.keys, a),
                                                section_of(groups, int64_t(a.group) * a.queries, a),
@@ -88,7 +88,7 @@ void launch_attention_backward(const AttentionBackward& a, void* stream) {
 
 template <class T, int width>
 constexpr AttentionLaunches attention_launches{
-    &launch_attention_forward<T, width>, &forward_in_boxes<T, width>,
-    &launch_attention_backward<T, width>, &backward_in_boxes<T, width>};
+    &forward_in_boxes<T, width>, &launch_attention_forward<T, width>, &backward_in_boxes<T, width>,
+    &launch_attention_backward<T, width>};
 
 }  // namespace fastgpt::cuda

@@ -14,14 +14,14 @@ inline bool has_boxes(const Heads<const void>& x, int64_t batch, int64_t heads, 
          (rows == 1 || x.row > 0);
 }
 
-// The kernels for one storage type and for rows of up to `width` columns, each of which returns at
-// once: the stream runs it later. Those that run `in_boxes` on the current device demand of every
-// tensor that it has them.
+// The kernels for one storage type and for rows of up to `width` columns. A launch returns at once:
+// the stream runs it later. Those in boxes, where the current device has them and they are switched
+// on, demand of every tensor that it has some.
 struct AttentionLaunches {
-  void (*forward)(const AttentionForward&, void* stream);
   bool (*forward_in_boxes)(const AttentionForward&);
-  void (*backward)(const AttentionBackward&, void* stream);
+  void (*forward)(const AttentionForward&, bool in_boxes, void* stream);
   bool (*backward_in_boxes)(const AttentionBackward&);
+  void (*backward)(const AttentionBackward&, bool in_boxes, void* stream);
 };
 
 constexpr int kWidestHead = 256;

@@ -154,12 +154,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   a.row_max = floats(row_max);
   a.row_sum = floats(row_sum);
   const AttentionLaunches& launches = attention_launches_of(dtype_of(query), columns_of(a));
-  if (launches.forward_in_boxes(a)) {
+  const bool in_boxes = launches.forward_in_boxes(a);
+  if (in_boxes) {
     put_boxes(query, a.query);
     put_boxes(key, a.key);
     put_boxes(value, a.value);
   }
-  launches.forward(a, device.stream);
+  launches.forward(a, in_boxes, device.stream);
   return {output, lse, rounding, row_max, row_sum};
 }
 
@@ -200,7 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   a.grad_value = heads_of_result(grad_value);
   if (sinks.has_value()) a.grad_sinks = floats(grad_sinks);
   const AttentionLaunches& launches = attention_launches_of(dtype_of(query), columns_of(a));
-  if (launches.backward_in_boxes(a)) {
+  const bool in_boxes = launches.backward_in_boxes(a);
+  if (in_boxes) {
     put_boxes(query, a.query);
     put_boxes(key, a.key);
     put_boxes(value, a.value);
@@ -208,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     put_boxes(output, a.output);
     put_boxes(rounding, a.rounding);
   }
-  launches.backward(a, device.stream);
+  launches.backward(a, in_boxes, device.stream);
   return {grad_query, grad_key, grad_value, grad_mask, grad_sinks};
 }
 
