@@ -42,10 +42,9 @@ struct TileStream {
   Shared<T> tiles;
   Barriers full, empty;
 
-  static constexpr int bytes = stages * Tile::bytes;
   static constexpr int kReaders = kMultiplying / kWarp;  // warps; one lane says that it is done
 
-  // `writers`: those who arrive at `full` beside the copies.
+  // `writers`: those who arrive at `full`, of whom one starts the copies.
   FASTGPT_DEVICE void init(int writers = 1) const {
     for (int stage = 0; stage < stages; ++stage) {
       full.init(stage, writers);
