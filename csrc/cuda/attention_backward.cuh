@@ -197,17 +197,14 @@ attention_query_gradient(const AttentionBackward a) {
   FASTGPT_DYNAMIC_SHARED(int, votes, Tiles::votes, kAttentionWarps);
   const Queries<rows> queries{places, numbers};
 
-  const int tiles = (a.queries + rows - 1) / rows;
-  const Place place(tiles, a.section);
-  // The last queries have most keys under a causal mask.
-  const int first = (tiles - 1 - place.tile) * rows;
-  const int batch = place.head / a.query_heads, head = place.head % a.query_heads;
+  const QueryBlock block = query_block(a, rows, size);
+  const int first = block.first, batch = block.batch, head = block.head;
+  const KeyRange range = block.range;
   const Matrix<T> query(a.query, batch, head, a.queries, a.head_dim);
   const Matrix<T> upstream(a.grad_output, batch, head, a.queries, a.value_dim);
   const Matrix<T> key(a.key, batch, head / a.group, a.keys, a.head_dim);
   const Matrix<T> value(a.value, batch, head / a.group, a.keys, a.value_dim);
   const float slope = slope_of(a, batch, head);
-  const KeyRange range(a, first, smaller(first + rows, a.queries) - 1, size);
   const int warp_row = 16 * warp_index();
   const auto copy_keys = [&](int start, int stage) {
     key.template copy<size, width>(start, k, stage * size * pitch);

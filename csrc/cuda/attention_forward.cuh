@@ -113,11 +113,9 @@ attention_forward(const AttentionForward a) {
   FASTGPT_DYNAMIC_SHARED(int, votes, Tiles::votes, kAttentionWarps);
   const Queries<rows> queries{places, {}};
 
-  const int tiles = (a.queries + rows - 1) / rows;
-  const Place place(tiles, a.section);
-  // The last queries have most keys under a causal mask.
-  const int first = (tiles - 1 - place.tile) * rows;
-  const int batch = place.head / a.query_heads, head = place.head % a.query_heads;
+  const QueryBlock block = query_block(a, rows, size);
+  const int first = block.first, batch = block.batch, head = block.head;
+  const KeyRange range = block.range;
   const Matrix<T> query(a.query, batch, head, a.queries, a.head_dim);
   const Matrix<T> key(a.key, batch, head / a.group, a.keys, a.head_dim);
   const Matrix<T> value(a.value, batch, head / a.group, a.keys, a.value_dim);
@@ -127,7 +125,6 @@ attention_forward(const AttentionForward a) {
   for (int r = thread_index(); r < rows; r += kAttentionThreads) {
     queries.put_place(a, batch, head, r, first + r);
   }
-  const KeyRange range(a, first, smaller(first + rows, a.queries) - 1, size);
   const int warp_row = 16 * m_tiles * warp_index();
 
   float acc[m_tiles][width / 8][4], sum[m_tiles][2], top[m_tiles][2];

@@ -117,23 +117,11 @@ attention_forward_hopper(const AttentionForward a, const FASTGPT_GRID_CONSTANT F
   const TileStream<T, Key, stages> keys{k, k_full, k_empty}, values{v, v_full, v_empty};
   const Queries<Tiles::rows> queries{places, {}};
 
-  const int query_tiles = (a.queries + Tiles::rows - 1) / Tiles::rows;
-  const Place place(query_tiles, a.section);
-  // The last queries have most keys under a causal mask.
-  const int first = (query_tiles - 1 - place.tile) * Tiles::rows;
-  const int batch = place.head / a.query_heads, head = place.head % a.query_heads;
-  const KeyRange range(a, first, smaller(first + Tiles::rows, a.queries) - 1, Tiles::keys);
-  const int tiles = (larger(range.end - range.begin, 0) + Tiles::keys - 1) / Tiles::keys;
-
-  if (thread_index() == 0) {
-    q_full.init(0, 1);
-    keys.init();
-    values.init();
-    fence_barriers();
-  }
-  if (thread_index() < Tiles::rows)
-    queries.put_place(a, batch, head, thread_index(), first + thread_index());
-  block_barrier();
+  const QueryBlock block = query_block(a, Tiles::rows, Tiles::keys);
+  const int first = block.first, batch = block.batch, head = block.head;
+  const KeyRange range = block.range;
+  const int tiles = range.tiles(Tiles::keys);
+  prepare(a, block, q_full, keys, values, queries);
 
   if (warp_index() < 4) {
     give_registers<24>();

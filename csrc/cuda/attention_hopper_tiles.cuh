@@ -82,6 +82,23 @@ FASTGPT_DEVICE bool any_of_warpgroups(bool x, const Shared<int>& votes) {
   return found;
 }
 
+// By the whole block, before all else: the barriers, `full` that of its queries, and the places.
+template <class T, class Tile, int stages, int rows>
+FASTGPT_DEVICE void prepare(const Attention& a, const QueryBlock& block, const Barriers& full,
+                            const TileStream<T, Tile, stages>& keys,
+                            const TileStream<T, Tile, stages>& values,
+                            const Queries<rows>& queries) {
+  const int thread = thread_index();
+  if (thread == 0) {
+    full.init(0, 1);
+    keys.init();
+    values.init();
+    fence_barriers();
+  }
+  if (thread < rows) queries.put_place(a, block.batch, block.head, thread, block.first + thread);
+  block_barrier();
+}
+
 // By the warpgroup that copies: the tiles of a head's keys from `begin` on and of its values, all
 // of them again if the others vote for it.
 template <class T, class Tile, int stages>

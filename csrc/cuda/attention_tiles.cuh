@@ -74,10 +74,28 @@ struct KeyRange {
     stop = low.end;
   }
 
+  FASTGPT_DEVICE int tiles(int size) const { return (larger(end - begin, 0) + size - 1) / size; }
+
   FASTGPT_DEVICE bool all_seen(int start, int size) const {
     return start >= whole && start + size <= stop;
   }
 };
+
+// The `rows` queries of this block, from `first` on of one head, and what they see in tiles of
+// `size` keys.
+struct QueryBlock {
+  int first, batch, head;
+  KeyRange range;
+};
+
+FASTGPT_DEVICE QueryBlock query_block(const Attention& a, int rows, int size) {
+  const int tiles = (a.queries + rows - 1) / rows;
+  const Place place(tiles, a.section);
+  // The last queries have most keys under a causal mask.
+  const int first = (tiles - 1 - place.tile) * rows;
+  return {first, place.head / a.query_heads, place.head % a.query_heads,
+          KeyRange(a, first, smaller(first + rows, a.queries) - 1, size)};
+}
 
 // The queries that see any of the keys [first, last]: begin <= i < end; and all of them: whole <= i
 // < stop.
